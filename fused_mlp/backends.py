@@ -1,0 +1,312 @@
+"""Which implementation of the raw kernels runs: native, Triton or the plain-PyTorch reference.
+
+Choosing happens in torch's dispatcher, so modules, ``torch.ops`` callers and compiled graphs all
+follow it. The reference serves every device; a compiled library or the Triton kernels override it
+for the CPU and CUDA keys, and :func:`use_backend` overrides those in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from . import _build, reference
+from .ops.schemas import KERNEL_SCHEMAS, KERNELS, kernels_library
+
+NAMES = ("auto", "native", "triton", "reference")
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_INTERPRETED = "TRITON_INTERPRET"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One backend on one device: whether it can run, and where it lies or what it lacks."""
+
+    device: str
+    name: str
+    available: bool
+    active: bool
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class _Library:
+    """A compiled library: its path, or the reason there is none and what helps."""
+
+    path: str | None
+    reason: str = ""
+    remedy: str = ""
+
+
+# ---------------------------------------------------------------------------- what is there
+
+
+@functools.cache
+def _native(device: str) -> _Library:
+    """Load the compiled kernels for ``device`` once, building them first where that is allowed."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return _Library(None, "torch sees no CUDA device")
+    try:
+        path = str(_build.library_path(device))
+        _drop_trampoline(device)
+        torch.ops.load_library(path)
+    except _build.BuildUnavailable as error:
+        return _Library(None, error.reason, error.remedy)
+    except OSError as error:
+        return _Library(None, str(error).splitlines()[0], "reinstall fused_mlp")
+    return _Library(path)
+
+
+def _triton_missing(device: str) -> tuple[str, str] | None:
+    """Return why the Triton kernels cannot run on ``device`` and the remedy, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed", "pip install triton"
+    if device == "cuda":
+        return None if torch.cuda.is_available() else ("torch sees no GPU", "")
+    if os.environ.get(_INTERPRETED, "0") == "1":
+        return None
+    return (
+        "Triton compiles for GPUs; on the CPU it runs in its interpreter only",
+        f"set {_INTERPRETED}=1 before starting Python (slow, for tests)",
+    )
+
+
+def isa() -> str | None:
+    """Return the instruction set the CPU kernels chose, or None without them."""
+    path = _native("cpu").path
+    if path is None:
+        return None
+    function = ctypes.CDLL(path).fused_mlp_isa
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+def status() -> list[BackendStatus]:
+    """Return the state of every backend on the CPU and on CUDA, the preferred ones first."""
+    result = []
+    for device in _KEYS:
+        native, missing = _native(device), _triton_missing(device)
+        active = active_backend(device)
+        result += [
+            BackendStatus(
+                device,
+                "native",
+                native.path is not None,
+                active == "native",
+                native.path or native.reason,
+                native.remedy,
+            ),
+            BackendStatus(
+                device,
+                "triton",
+                missing is None,
+                active == "triton",
+                missing[0] if missing else f"triton {importlib.import_module('triton').__version__}",
+                missing[1] if missing else "",
+            ),
+            BackendStatus(device, "reference", True, active == "reference", "plain PyTorch"),
+        ]
+    return result
+
+
+def active_backend(device: str) -> str:
+    """Return the name of the backend that serves ``device`` (a type, as "cpu") now."""
+    if device not in _KEYS:
+        return "reference"
+    chosen = _chosen
+    if chosen in ("reference", "triton"):
+        return chosen if chosen == "reference" or _triton_missing(device) is None else "reference"
+    if _native(device).path is not None:
+        return "native"
+    return "triton" if device == "cuda" and _triton_missing(device) is None else "reference"
+
+
+# ------------------------------------------------------------------------------- choosing
+
+_chosen = "auto"
+_override: Library | None = None
+_trampolines: dict[str, Library] = {}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the kernels of one backend inside a ``with`` block, in every thread.
+
+    Args:
+        name: "auto" (native where it is built, else Triton on GPUs, else the reference),
+            "native" (C++ on the CPU, CUDA C++ on NVIDIA GPUs), "triton" or "reference".
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: when the backend cannot run here; the message says what is missing.
+    """
+    previous = _chosen
+    _choose(name)
+    try:
+        yield
+    finally:
+        _choose(previous)
+
+
+def _choose(name: str) -> None:
+    global _chosen, _override
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, but got {name!r}")
+    _require(name)
+    if _override is not None:
+        _override._destroy()
+        _override = None
+    if name in ("triton", "reference"):
+        _override = Library(KERNELS, "IMPL")
+        for device, key in _KEYS.items():
+            if name == "reference" or _triton_missing(device) is None:
+                _register(_override, key, _implementation(name))
+    _chosen = name
+
+
+def _require(name: str) -> None:
+    """Raise RuntimeError unless some device can run the backend."""
+    if name in ("auto", "reference"):
+        return
+    states = [s for s in status() if s.name == name]
+    if not any(s.available for s in states):
+        reasons = "; ".join(
+            f"on {s.device}: {s.detail}" + (f" ({s.remedy})" if s.remedy else "") for s in states
+        )
+        raise RuntimeError(f"backend {name!r} cannot run here: {reasons}")
+
+
+def _implementation(backend: str) -> Callable[[str], Callable[..., Any]]:
+    """Return the function that finds a backend's implementation of a raw kernel by name."""
+    if backend == "reference":
+        return lambda kernel: getattr(reference, kernel)
+    return lambda kernel: getattr(_triton_module(kernel), kernel)
+
+
+def _triton_module(kernel: str) -> ModuleType:
+    return importlib.import_module(f"fused_mlp.kernels.{kernel.removesuffix('_backward')}")
+
+
+def _register(library: Library, key: str, find: Callable[[str], Callable[..., Any]]) -> None:
+    for kernel in KERNEL_SCHEMAS:
+        library.impl(kernel, find(kernel), key, allow_override=True)
+
+
+def _install_trampoline(device: str) -> None:
+    """Register kernels that load the device's best backend at the first call, then step aside."""
+    library = Library(KERNELS, "IMPL")
+
+    def first_call(kernel: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            _settle(device)
+            return getattr(torch.ops.fused_mlp_kernels, kernel).default(*arguments)
+
+        return call
+
+    _register(library, _KEYS[device], first_call)
+    _trampolines[device] = library
+
+
+def _drop_trampoline(device: str) -> None:
+    library = _trampolines.pop(device, None)
+    if library is not None:
+        library._destroy()
+
+
+def _settle(device: str) -> None:
+    """Leave the device's best backend registered in place of the trampoline."""
+    native = _native(device)
+    _drop_trampoline(device)
+    if native.path is None and active_backend(device) == "triton":
+        _register(kernels_library, _KEYS[device], _implementation("triton"))
+    elif native.path is None and native.reason and device == "cpu":
+        warnings.warn(
+            f"fused_mlp runs on plain PyTorch: {native.reason}. "
+            "`python -m fused_mlp doctor` says what to install.",
+            stacklevel=2,
+        )
+
+
+# -------------------------------------------------------------------- research_net on chip
+
+# A block of rows and its activations at every width must stay in a core's cache: 256 columns
+# keep 64 rows of three layers under 200 kB.
+CPU_MAX_WIDTH = 256
+# Below this many input columns the first layer is computed again in backward: its mask is stored,
+# one bit an element, in place of its output.
+CPU_RECOMPUTE_WIDTH = 32
+
+
+def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Return whether the active backend runs a network of these widths in one op."""
+    backend = active_backend(input.device.type)
+    widths = [weights[0].shape[1], *(w.shape[0] for w in weights)]
+    if backend == "native" and input.device.type == "cpu":
+        return max(widths) <= CPU_MAX_WIDTH and min(widths) > 0
+    if backend == "triton":
+        return bool(_triton_module("research_net").fits(widths, input.dtype))
+    if backend == "native":
+        return bool(_cuda_fits(widths, input))
+    return True
+
+
+def _cuda_fits(widths: Sequence[int], input: Tensor) -> bool:
+    library = ctypes.CDLL(_native("cuda").path)
+    array = (ctypes.c_int64 * len(widths))(*widths)
+    return bool(
+        library.fused_mlp_research_net_fits(array, len(widths), int(input.element_size()))
+    )
+
+
+def saved_numel(
+    input: Tensor, weights: Sequence[Tensor], dropout_p: Sequence[float], seed: Tensor | None
+) -> int:
+    """Return how many elements research_net's ``saved`` has on the active backend.
+
+    It begins with the mean and rstd of the batch norm. The CPU kernels add what the batch norm
+    saw and what each hidden layer put out (csrc/cpu/kernels/research_net.cpp).
+    """
+    channels = weights[-2].shape[0]
+    if input.device.type != "cpu" or active_backend("cpu") != "native":
+        return 2 * channels
+    rows = input.shape[0]
+    itemsize = reference.accumulate_dtype(input.dtype).itemsize
+    numel = 2 * channels + rows * channels
+    for layer, p in enumerate(dropout_p):
+        width = weights[layer].shape[0]
+        if layer > 0 or weights[0].shape[1] > CPU_RECOMPUTE_WIDTH:
+            numel += rows * width
+        elif p > 0 and seed is not None:
+            numel += -(-rows * -(-width // 8) // itemsize)
+    return numel
+
+
+# ------------------------------------------------------------------------------- at import
+
+_register(kernels_library, "CompositeExplicitAutograd", _implementation("reference"))
+
+
+def start() -> None:
+    """Load what is built; leave the rest to the first call."""
+    if Path(__file__).with_name("_C_cpu.so").is_file():
+        _settle("cpu")
+    else:
+        _install_trampoline("cpu")
+    if torch.cuda.is_available():
+        _install_trampoline("cuda")
+    _choose(os.environ.get("FUSED_MLP_BACKEND", "auto"))

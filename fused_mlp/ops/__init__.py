@@ -1,0 +1,11 @@
+"""The ops as torch knows them: schemas, autograd nodes and fake kernels.
+
+Importing this package registers ``torch.ops.fused_mlp.*`` and ``torch.ops.fused_mlp_kernels.*``.
+"""
+
+from .batch_norm_leaky_relu import batch_norm_leaky_relu
+from .linear_relu import linear_relu
+from .normalize import normalize
+from .research_net import research_net
+
+__all__ = ["batch_norm_leaky_relu", "linear_relu", "normalize", "research_net"]

@@ -1,0 +1,147 @@
+"""What every op needs: the raw kernels' gate to autograd, argument checks, double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def grad_needed(*tensors: Tensor | None) -> bool:
+    """Return whether autograd must record an op over these inputs."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def use_formula(input: Tensor) -> bool:
+    """Return whether to run the differentiable formula instead of a kernel.
+
+    ``torch.func`` transforms and forward-mode AD trace through the formula, and autocast chooses
+    the dtypes of the steps it sees.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        or torch.is_autocast_enabled(input.device.type)
+        or (
+            torch._C._is_fwd_grad_enabled()  # type: ignore[attr-defined]
+            and torch.autograd.forward_ad._current_level >= 0
+        )
+    )
+
+
+def differentiate_formula(
+    formula: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_output: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients of ``formula(*tensors)``, themselves differentiable.
+
+    Args:
+        formula: the op from differentiable steps, taking ``tensors`` in order.
+        tensors: the inputs as the forward op saw them.
+        needed: which of them want a gradient.
+        grad_output: the gradient of the formula's output.
+    """
+    with torch.enable_grad():
+        # Aliases, so that an input computed from another input gets its own share alone.
+        aliases = [
+            t.view_as(t) if t is not None and n else t for t, n in zip(tensors, needed, strict=True)
+        ]
+        output = formula(*aliases)
+        wanted = [t for t, n in zip(aliases, needed, strict=True) if n and t is not None]
+        found = iter(
+            torch.autograd.grad(output, wanted, grad_output, create_graph=True, allow_unused=True)
+        )
+    return [
+        next(found) if n and t is not None else None for t, n in zip(aliases, needed, strict=True)
+    ]
+
+
+def spread(gradients: Sequence[Tensor], output_mask: Sequence[bool]) -> list[Tensor | None]:
+    """Return one entry a flag: the next gradient where it is set, None elsewhere."""
+    found = iter(gradients)
+    return [next(found) if wanted else None for wanted in output_mask]
+
+
+def mark_written(*tensors: Tensor | None) -> None:
+    """Bump the version of buffers a kernel wrote, so that autograd notices stale saved values."""
+    for tensor in tensors:
+        if type(tensor) is Tensor and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def check_tensor(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def check_floating(op: str, name: str, value: Tensor) -> None:
+    """Raise unless ``value`` is a dense tensor of a floating dtype the kernels know."""
+    if value.dtype not in FLOATING:
+        raise RuntimeError(
+            f"{op}(): {name} must be float32, float64, bfloat16 or float16, but got "
+            f"{value.dtype}; convert it, for example with {name}.float()"
+        )
+    if value.layout != torch.strided:
+        raise RuntimeError(
+            f"{op}(): {name} must be a dense tensor, but got layout {value.layout}; "
+            f"convert it with {name}.to_dense()"
+        )
+
+
+def check_like(
+    op: str, name: str, value: Any, input: Tensor, shape: tuple[int, ...], mixed: bool = False
+) -> None:
+    """Raise unless ``value`` is a tensor of ``shape`` that can meet ``input`` in one op.
+
+    Args:
+        mixed: allow float32 beside a half-precision input, as batch norm does.
+    """
+    check_tensor(op, name, value)
+    if tuple(value.shape) != shape:
+        raise RuntimeError(
+            f"{op}(): {name} must have shape {shape} to go with input of shape "
+            f"{tuple(input.shape)}, but got {tuple(value.shape)}"
+        )
+    if value.dtype != input.dtype and not (
+        mixed and value.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise RuntimeError(
+            f"{op}(): {name} must have the dtype of input ({input.dtype}), but got {value.dtype}; "
+            f"convert one of them with .to(dtype)"
+        )
+    if value.device != input.device:
+        raise RuntimeError(
+            f"{op}(): expected all tensors to be on the same device, but input is on "
+            f"{input.device} and {name} is on {value.device}; move one of them with .to(device)"
+        )
+
+
+def check_probability(op: str, name: str, p: float) -> None:
+    """Raise ValueError unless 0 <= p <= 1."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(
+            f"{op}(): dropout probability {name} has to be between 0 and 1, but got {p}"
+        )
+
+
+def check_seed(op: str, seed: Tensor | None, input: Tensor) -> None:
+    """Raise unless ``seed`` is None or two int64 numbers beside ``input``."""
+    if seed is None:
+        return
+    check_tensor(op, "seed", seed)
+    if seed.dtype != torch.int64 or tuple(seed.shape) != (2,) or seed.device != input.device:
+        raise RuntimeError(
+            f"{op}(): seed must be an int64 tensor of shape (2,) on {input.device}, but got "
+            f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+        )

@@ -1,0 +1,284 @@
+"""``batch_norm_leaky_relu``: BatchNorm1d and LeakyReLU in one op.
+
+Only the input and one mean and reciprocal deviation a channel are kept for backward; the value
+LeakyReLU saw is computed again from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._common import (
+    check_floating,
+    check_like,
+    check_tensor,
+    differentiate_formula,
+    grad_needed,
+    mark_written,
+    spread,
+    use_formula,
+)
+from .schemas import kernels_library, public_library
+
+_forward = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default
+_backward = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu_backward.default
+
+
+class BatchNormLeakyReLUFunction(torch.autograd.Function):
+    """The autograd node of batch_norm_leaky_relu."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        negative_slope: float,
+    ) -> Tensor:
+        output, mean, rstd = _forward(
+            input,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            negative_slope,
+        )
+        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        ctx.training, ctx.eps, ctx.negative_slope = training, eps, negative_slope
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, weight, bias, mean, rstd = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():
+            gradients = differentiate_formula(
+                # In eval the formula needs the statistics back as mean and variance.
+                lambda x, w, b: reference.batch_norm_leaky_relu_formula(
+                    x,
+                    mean,
+                    rstd.pow(-2) - ctx.eps,
+                    w,
+                    b,
+                    ctx.training,
+                    ctx.eps,
+                    ctx.negative_slope,
+                ),
+                (input, weight, bias),
+                mask,
+                grad_output,
+            )
+        else:
+            gradients = spread(
+                _backward(
+                    grad_output,
+                    input,
+                    weight,
+                    bias,
+                    mean,
+                    rstd,
+                    ctx.training,
+                    ctx.negative_slope,
+                    mask,
+                ),
+                mask,
+            )
+        return *gradients, *(None,) * 7
+
+
+def batch_norm_leaky_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+    *,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Return leaky_relu(batch_norm(input)).
+
+    See :func:`fused_mlp.functional.batch_norm_leaky_relu`.
+
+    Args:
+        num_batches_tracked: int64 scalar tensor that a training call counts up by one.
+    """
+    check(input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked)
+    if use_formula(input):
+        return _formula(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+            eps, negative_slope,
+        )  # fmt: skip
+    if grad_needed(input, weight, bias):
+        output = BatchNormLeakyReLUFunction.apply(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+            eps, negative_slope,
+        )  # fmt: skip
+    else:
+        output = _forward(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+            eps, negative_slope,
+        )[0]  # fmt: skip
+    if training:
+        mark_written(running_mean, running_var, num_batches_tracked)
+    return output
+
+
+def _formula(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+) -> Tensor:
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    output = torch.nn.functional.batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+    return torch.nn.functional.leaky_relu(output, negative_slope)
+
+
+def check(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raise for arguments that do not fit together, before anything runs."""
+    op = "batch_norm_leaky_relu"
+    check_tensor(op, "input", input)
+    check_floating(op, "input", input)
+    if input.dim() not in (2, 3):
+        raise ValueError(
+            f"{op}(): expected 2D or 3D input, (N, C) or (N, C, L), but got {input.dim()}D input "
+            f"of shape {tuple(input.shape)}"
+        )
+    check_norm(
+        op, input, input.shape[1], running_mean, running_var, weight, bias, training, eps,
+        num_batches_tracked,
+    )  # fmt: skip
+    if training and input.numel() == input.shape[1] > 0:
+        raise ValueError(
+            f"{op}(): expected more than 1 value per channel when training, got input size "
+            f"{input.shape}"
+        )
+
+
+def check_norm(
+    op: str,
+    input: Tensor,
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raise unless the per-channel tensors and options fit an input of ``channels`` channels."""
+    vectors = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_like(op, name, vector, input, (channels,), mixed=True)
+        elif not training and name.startswith("running"):
+            raise RuntimeError(
+                f"{op}(): {name} must be defined in evaluation mode; give it, or use training=True"
+            )
+    if (running_mean is None) != (running_var is None):
+        raise RuntimeError(f"{op}(): give both running_mean and running_var, or neither")
+    if not eps >= 0:
+        raise ValueError(f"{op}(): eps must not be negative, but got {eps}")
+    if num_batches_tracked is not None:
+        check_tensor(op, "num_batches_tracked", num_batches_tracked)
+        if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
+            raise RuntimeError(
+                f"{op}(): num_batches_tracked must be one int64 number, but got "
+                f"{num_batches_tracked.dtype} of shape {tuple(num_batches_tracked.shape)}"
+            )
+
+
+def _fake(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = reference.accumulate_dtype(input.dtype)
+    channels = input.shape[1]
+    return (
+        input.new_empty(input.shape),
+        input.new_empty(channels, dtype=dtype),
+        input.new_empty(channels, dtype=dtype),
+    )
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    negative_slope: float,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    channels = input.shape[1]
+    weight_dtype = weight.dtype if weight is not None else input.dtype
+    bias_dtype = bias.dtype if bias is not None else input.dtype
+    candidates = (
+        (input.shape, input.dtype),
+        ((channels,), weight_dtype),
+        ((channels,), bias_dtype),
+    )
+    return [
+        input.new_empty(shape, dtype=dtype)
+        for (shape, dtype), wanted in zip(candidates, output_mask, strict=True)
+        if wanted
+    ]
+
+
+torch.library.register_fake("fused_mlp_kernels::batch_norm_leaky_relu", _fake, lib=kernels_library)
+torch.library.register_fake(
+    "fused_mlp_kernels::batch_norm_leaky_relu_backward", _fake_backward, lib=kernels_library
+)
+public_library.impl("batch_norm_leaky_relu", batch_norm_leaky_relu, "CompositeImplicitAutograd")

@@ -1,0 +1,130 @@
+"""``linear_relu``: ``dropout(relu(input @ weight.T + bias))`` in one op.
+
+The output alone says where the gradient passes: it is zero exactly where ReLU or the dropout
+mask stopped the value. So nothing the size of the activations is kept but the output itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dropout import draw_seed
+from ._common import (
+    check_floating,
+    check_like,
+    check_probability,
+    check_seed,
+    check_tensor,
+    grad_needed,
+    spread,
+    use_formula,
+)
+from .schemas import kernels_library, public_library
+
+_forward = torch.ops.fused_mlp_kernels.linear_relu.default
+_backward = torch.ops.fused_mlp_kernels.linear_relu_backward.default
+
+
+class LinearReLUFunction(torch.autograd.Function):
+    """The autograd node of linear_relu."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        output = _forward(input, weight, bias, dropout_p, seed)
+        ctx.save_for_backward(input, weight, output)
+        ctx.dropout_p = dropout_p if seed is not None else 0.0
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, weight, output = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        backward = reference.linear_relu_backward if torch.is_grad_enabled() else _backward
+        gradients = backward(grad_output, input, weight, output, ctx.dropout_p, mask)
+        return *spread(gradients, mask), None, None
+
+
+def linear_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return dropout(relu(linear(input))); see :func:`fused_mlp.functional.linear_relu`.
+
+    Args:
+        seed: int64 tensor of shape (2,) that decides the dropout mask; drawn from torch's
+            generator when it is None and ``dropout_p`` is not 0.
+    """
+    check(input, weight, bias, dropout_p, seed)
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(input.device)
+    if use_formula(input):
+        return reference.linear_relu_formula(input, weight, bias, dropout_p, seed)
+    if grad_needed(input, weight, bias):
+        return LinearReLUFunction.apply(input, weight, bias, dropout_p, seed)
+    return _forward(input, weight, bias, dropout_p, seed)
+
+
+def check(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> None:
+    """Raise for arguments that do not fit together, before anything runs."""
+    op = "linear_relu"
+    check_tensor(op, "input", input)
+    check_tensor(op, "weight", weight)
+    check_floating(op, "input", input)
+    if weight.dim() != 2:
+        raise RuntimeError(
+            f"{op}(): weight must have shape (out_features, in_features), but got "
+            f"{tuple(weight.shape)}"
+        )
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"{op}(): input must have shape (*, in_features) with in_features = {weight.shape[1]}"
+            f" to go with weight of shape {tuple(weight.shape)}, but got {tuple(input.shape)}"
+        )
+    check_like(op, "weight", weight, input, tuple(weight.shape))
+    if bias is not None:
+        check_like(op, "bias", bias, input, (weight.shape[0],))
+    check_probability(op, "dropout_p", dropout_p)
+    check_seed(op, seed, input)
+
+
+def _fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    dropout_p: float,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    return [input.new_empty(s) for s, wanted in zip(shapes, output_mask, strict=True) if wanted]
+
+
+torch.library.register_fake("fused_mlp_kernels::linear_relu", _fake, lib=kernels_library)
+torch.library.register_fake(
+    "fused_mlp_kernels::linear_relu_backward", _fake_backward, lib=kernels_library
+)
+public_library.impl("linear_relu", linear_relu, "CompositeImplicitAutograd")

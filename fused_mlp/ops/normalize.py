@@ -1,0 +1,128 @@
+"""``normalize``: ``(input - mean) / (std + eps)`` over the whole tensor or some dimensions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._common import (
+    check_floating,
+    check_tensor,
+    differentiate_formula,
+    grad_needed,
+    use_formula,
+)
+from .schemas import kernels_library, public_library
+
+_forward = torch.ops.fused_mlp_kernels.normalize.default
+_backward = torch.ops.fused_mlp_kernels.normalize_backward.default
+
+
+class NormalizeFunction(torch.autograd.Function):
+    """The autograd node of normalize: keeps the input and two statistics, never the output."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: Tensor, dim: list[int] | None, correction: float, eps: float
+    ) -> Tensor:
+        output, mean, std = _forward(input, dim, correction, eps)
+        ctx.save_for_backward(input, mean, std)
+        ctx.options = (dim, correction, eps)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, mean, std = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            (grad,) = differentiate_formula(
+                lambda x: reference.normalize_formula(x, *ctx.options),
+                (input,),
+                (True,),
+                grad_output,
+            )
+        else:
+            grad = _backward(grad_output, input, mean, std, *ctx.options)
+        return grad, None, None, None
+
+
+def normalize(
+    input: Tensor, dim: Sequence[int] | None = None, *, correction: float = 1.0, eps: float = 0.0
+) -> Tensor:
+    """Return (input - mean) / (std + eps); see :func:`fused_mlp.functional.normalize`."""
+    dim = check(input, dim, correction, eps)
+    if use_formula(input):
+        return reference.normalize_formula(input, dim, correction, eps)
+    if grad_needed(input):
+        return NormalizeFunction.apply(input, dim, correction, eps)
+    return _forward(input, dim, correction, eps)[0]
+
+
+def check(
+    input: Tensor, dim: Sequence[int] | None, correction: float, eps: float
+) -> list[int] | None:
+    """Raise for arguments that do not fit together; return ``dim`` sorted and not negative."""
+    op = "normalize"
+    check_tensor(op, "input", input)
+    check_floating(op, "input", input)
+    if not eps >= 0:
+        raise ValueError(f"{op}(): eps must not be negative, but got {eps}")
+    rank = input.dim()
+    if dim is None or len(dim) == 0:  # torch.std takes an empty tuple for every dimension
+        dims, count = None, input.numel()
+    else:
+        dims, count = [], 1
+        for d in dim:
+            if not -max(rank, 1) <= d < max(rank, 1):
+                raise IndexError(
+                    f"{op}(): dimension out of range (expected to be in range of "
+                    f"[{-max(rank, 1)}, {max(rank, 1) - 1}], but got {d})"
+                )
+            if rank and d % rank in dims:
+                raise RuntimeError(f"{op}(): dim {d} appears multiple times in the list of dims")
+            if rank:
+                dims.append(d % rank)
+                count *= input.shape[d]
+        dims = sorted(dims) or None
+    if count - correction <= 0:
+        warnings.warn(
+            f"{op}(): degrees of freedom is <= 0: {count} values a group, correction {correction}; "
+            "the standard deviation is not a number. Lower correction or give more values.",
+            stacklevel=4,
+        )
+    return dims
+
+
+def _fake(
+    input: Tensor, dim: list[int] | None, correction: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = [] if dim is None else [1 if d in dim else s for d, s in enumerate(input.shape)]
+    dtype = reference.accumulate_dtype(input.dtype)
+    return (
+        input.new_empty(input.shape),
+        input.new_empty(shape, dtype=dtype),
+        input.new_empty(shape, dtype=dtype),
+    )
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    dim: list[int] | None,
+    correction: float,
+    eps: float,
+) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+torch.library.register_fake("fused_mlp_kernels::normalize", _fake, lib=kernels_library)
+torch.library.register_fake(
+    "fused_mlp_kernels::normalize_backward", _fake_backward, lib=kernels_library
+)
+public_library.impl("normalize", normalize, "CompositeImplicitAutograd")

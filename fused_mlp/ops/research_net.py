@@ -1,0 +1,316 @@
+"""``research_net``: the whole network in one op.
+
+Every layer but the last two is Linear+ReLU+Dropout; then comes Linear+BatchNorm1d+LeakyReLU and
+a last Linear. A backend takes the widths that fit on its chip (``backends.fits``); wider networks
+run op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends, reference
+from ..dropout import draw_seed
+from ._common import (
+    check_floating,
+    check_like,
+    check_probability,
+    check_seed,
+    check_tensor,
+    differentiate_formula,
+    grad_needed,
+    mark_written,
+    spread,
+    use_formula,
+)
+from .batch_norm_leaky_relu import batch_norm_leaky_relu, check_norm
+from .linear_relu import linear_relu
+from .schemas import kernels_library, public_library
+
+_forward = torch.ops.fused_mlp_kernels.research_net.default
+_backward = torch.ops.fused_mlp_kernels.research_net_backward.default
+
+
+class ResearchNetFunction(torch.autograd.Function):
+    """The autograd node of research_net.
+
+    Tensors come first, options last: input, weights…, biases…, bn_weight, bn_bias.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, buffers: tuple[Any, ...], options: tuple[Any, ...], *tensors: Tensor | None
+    ) -> Tensor:
+        running_mean, running_var, num_batches_tracked, seed = buffers
+        training, dropout_p, momentum, eps, negative_slope = options
+        input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
+        output, saved = _forward(
+            input, weights, biases, bn_weight, bn_bias, running_mean, running_var,
+            num_batches_tracked, training, dropout_p, seed, momentum, eps, negative_slope,
+        )  # fmt: skip
+        ctx.save_for_backward(*tensors, saved, seed)
+        ctx.options = options
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *tensors, saved, seed = ctx.saved_tensors
+        training, dropout_p, _, eps, negative_slope = ctx.options
+        mask = list(ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled():
+
+            def formula(*tensors: Tensor | None) -> Tensor:
+                input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
+                # Every backend's `saved` begins with the mean and rstd of the batch norm.
+                channels = weights[-2].shape[0]
+                mean, rstd = saved[:channels], saved[channels : 2 * channels]
+                return reference.research_net_formula(
+                    input, weights, biases, bn_weight, bn_bias, mean, rstd.pow(-2) - eps,
+                    training, dropout_p, seed, eps, negative_slope,
+                )  # fmt: skip
+
+            gradients = differentiate_formula(formula, tensors, mask, grad_output)
+        else:
+            input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
+            gradients = spread(
+                _backward(
+                    grad_output, input, weights, biases, bn_weight, bn_bias, saved, training,
+                    dropout_p, seed, negative_slope, mask,
+                ),
+                mask,
+            )  # fmt: skip
+        return None, None, *gradients
+
+
+def _unpack(
+    tensors: Sequence[Any],
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    layers = (len(tensors) - 3) // 2
+    return (
+        tensors[0],
+        list(tensors[1 : 1 + layers]),
+        list(tensors[1 + layers : 1 + 2 * layers]),
+        tensors[-2],
+        tensors[-1],
+    )
+
+
+def research_net(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    dropout_p: Sequence[float],
+    seed: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+    *,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Return the network's output; see :func:`fused_mlp.functional.research_net`.
+
+    Args:
+        dropout_p: one probability for each Linear+ReLU layer; 0 where dropout is off.
+        seed: int64 tensor of shape (2,) that decides the dropout masks; drawn from torch's
+            generator when it is None and some probability is not 0.
+        num_batches_tracked: int64 scalar tensor that a training call counts up by one.
+    """
+    check(
+        input, weights, biases, bn_weight, bn_bias, running_mean, running_var, training, dropout_p,
+        seed, eps, num_batches_tracked,
+    )  # fmt: skip
+    if not any(dropout_p):
+        seed = None
+    elif seed is None:
+        seed = draw_seed(input.device)
+    if use_formula(input) or not backends.fits(input, weights):
+        return _op_by_op(
+            input, weights, biases, bn_weight, bn_bias, running_mean, running_var, training,
+            dropout_p, seed, momentum, eps, negative_slope, num_batches_tracked,
+        )  # fmt: skip
+    return run(
+        input, weights, biases, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked,
+        training, dropout_p, seed, momentum, eps, negative_slope,
+    )  # fmt: skip
+
+
+def run(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+) -> Tensor:
+    """Run checked arguments whose widths fit: the autograd node, or the bare kernel."""
+    tensors = (input, *weights, *biases, bn_weight, bn_bias)
+    if grad_needed(*tensors):
+        output = ResearchNetFunction.apply(
+            (running_mean, running_var, num_batches_tracked, seed),
+            (training, dropout_p, momentum, eps, negative_slope),
+            *tensors,
+        )
+    else:
+        output = _forward(
+            input, weights, biases, bn_weight, bn_bias, running_mean, running_var,
+            num_batches_tracked, training, dropout_p, seed, momentum, eps, negative_slope,
+        )[0]  # fmt: skip
+    if training:
+        mark_written(running_mean, running_var, num_batches_tracked)
+    return output
+
+
+def _op_by_op(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    hidden = input
+    for layer, p in enumerate(dropout_p):
+        # The offset of the seed stands for the layer, so the masks are those of the whole op.
+        layer_seed = None if seed is None else seed + seed.new_tensor([0, layer])
+        hidden = linear_relu(hidden, weights[layer], biases[layer], p, layer_seed)
+    hidden = batch_norm_leaky_relu(
+        F.linear(hidden, weights[-2], biases[-2]), running_mean, running_var, bn_weight, bn_bias,
+        training, momentum, eps, negative_slope, num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+    return F.linear(hidden, weights[-1], biases[-1])
+
+
+def check(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raise for arguments that do not fit together, before anything runs."""
+    op = "research_net"
+    check_tensor(op, "input", input)
+    check_floating(op, "input", input)
+    layers = len(weights)
+    if layers < 2 or len(biases) != layers or len(dropout_p) != layers - 2:
+        raise ValueError(
+            f"{op}(): expected at least 2 weights, as many biases and 2 fewer dropout "
+            f"probabilities, but got {layers} weights, {len(biases)} biases and {len(dropout_p)} "
+            "probabilities"
+        )
+    if input.dim() != 2:
+        raise ValueError(
+            f"{op}(): expected 2D input (N, in_features), but got {input.dim()}D input of shape "
+            f"{tuple(input.shape)}"
+        )
+    features = input.shape[1]
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check_tensor(op, f"weights[{layer}]", weight)
+        if weight.dim() != 2 or weight.shape[1] != features:
+            raise RuntimeError(
+                f"{op}(): weights[{layer}] must have shape (out_features, {features}) to take "
+                f"what comes before it, but got {tuple(weight.shape)}"
+            )
+        check_like(op, f"weights[{layer}]", weight, input, tuple(weight.shape))
+        features = weight.shape[0]
+        check_like(op, f"biases[{layer}]", bias, input, (features,))
+    channels = weights[-2].shape[0]
+    check_norm(
+        op, input, channels, running_mean, running_var, bn_weight, bn_bias, training, eps,
+        num_batches_tracked,
+    )  # fmt: skip
+    if training and input.shape[0] == 1:
+        raise ValueError(
+            f"{op}(): expected more than 1 value per channel when training, got input size "
+            f"{torch.Size([1, channels])}"
+        )
+    for layer, p in enumerate(dropout_p):
+        check_probability(op, f"dropout_p[{layer}]", p)
+    check_seed(op, seed, input)
+
+
+def _fake(
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    dropout_p: list[float],
+    seed: Tensor | None,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:
+    return (
+        input.new_empty(input.shape[0], weights[-1].shape[0]),
+        input.new_empty(
+            backends.saved_numel(input, weights, dropout_p, seed),
+            dtype=reference.accumulate_dtype(input.dtype),
+        ),
+    )
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    saved: Tensor,
+    training: bool,
+    dropout_p: list[float],
+    seed: Tensor | None,
+    negative_slope: float,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    channels = weights[-2].shape[:1]
+    like = [input, *weights, *biases]
+    like += [input.new_empty(channels) if t is None else t for t in (bn_weight, bn_bias)]
+    return [
+        t.new_empty(t.shape) for t, wanted in zip(like, output_mask, strict=True) if wanted
+    ]
+
+
+torch.library.register_fake("fused_mlp_kernels::research_net", _fake, lib=kernels_library)
+torch.library.register_fake(
+    "fused_mlp_kernels::research_net_backward", _fake_backward, lib=kernels_library
+)
+public_library.impl("research_net", research_net, "CompositeImplicitAutograd")

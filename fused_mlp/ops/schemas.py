@@ -1,0 +1,83 @@
+"""The operator schemas: the one place that says which ops exist and what they take.
+
+Two namespaces. ``fused_mlp_kernels`` holds the raw forward and backward kernels, one
+implementation a backend and device, without autograd. ``fused_mlp`` holds the public,
+differentiable ops that choose between an autograd Function and the raw kernel. The schemas are
+defined from Python so that every op exists without any compiled library.
+"""
+
+from __future__ import annotations
+
+from torch.library import Library
+
+KERNELS = "fused_mlp_kernels"
+PUBLIC = "fused_mlp"
+
+KERNEL_SCHEMAS = {
+    "normalize": (
+        "(Tensor input, int[]? dim, float correction, float eps)"
+        " -> (Tensor output, Tensor mean, Tensor std)"
+    ),
+    "normalize_backward": (
+        "(Tensor grad_output, Tensor input, Tensor mean, Tensor std, int[]? dim, float correction,"
+        " float eps) -> Tensor"
+    ),
+    "linear_relu": (
+        "(Tensor input, Tensor weight, Tensor? bias, float dropout_p, Tensor? seed) -> Tensor"
+    ),
+    "linear_relu_backward": (
+        "(Tensor grad_output, Tensor input, Tensor weight, Tensor output, float dropout_p,"
+        " bool[] output_mask) -> Tensor[]"
+    ),
+    "batch_norm_leaky_relu": (
+        "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+        " Tensor(c!)? num_batches_tracked, Tensor? weight, Tensor? bias, bool training,"
+        " float momentum, float eps, float negative_slope)"
+        " -> (Tensor output, Tensor mean, Tensor rstd)"
+    ),
+    "batch_norm_leaky_relu_backward": (
+        "(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        " bool training, float negative_slope, bool[] output_mask) -> Tensor[]"
+    ),
+    "research_net": (
+        "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
+        " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+        " bool training, float[] dropout_p, Tensor? seed, float momentum, float eps,"
+        " float negative_slope) -> (Tensor output, Tensor saved)"
+    ),
+    "research_net_backward": (
+        "(Tensor grad_output, Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight,"
+        " Tensor? bn_bias, Tensor saved, bool training, float[] dropout_p, Tensor? seed,"
+        " float negative_slope, bool[] output_mask) -> Tensor[]"
+    ),
+}
+
+PUBLIC_SCHEMAS = {
+    "normalize": (
+        "(Tensor input, int[]? dim=None, *, float correction=1., float eps=0.) -> Tensor"
+    ),
+    "linear_relu": (
+        "(Tensor input, Tensor weight, Tensor? bias=None, float dropout_p=0.,"
+        " Tensor? seed=None) -> Tensor"
+    ),
+    "batch_norm_leaky_relu": (
+        "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None,"
+        " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05,"
+        " float negative_slope=0.01, *, Tensor(c!)? num_batches_tracked=None) -> Tensor"
+    ),
+    "research_net": (
+        "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
+        " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float[] dropout_p,"
+        " Tensor? seed=None, float momentum=0.1, float eps=1e-05, float negative_slope=0.01,"
+        " *, Tensor(c!)? num_batches_tracked=None) -> Tensor"
+    ),
+}
+
+# Library objects deregister what they registered when they are collected: keep them for good.
+kernels_library = Library(KERNELS, "DEF")
+public_library = Library(PUBLIC, "DEF")
+
+for _name, _schema in KERNEL_SCHEMAS.items():
+    kernels_library.define(_name + _schema)
+for _name, _schema in PUBLIC_SCHEMAS.items():
+    public_library.define(_name + _schema)
