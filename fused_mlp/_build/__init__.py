@@ -13,7 +13,7 @@ install time. So nothing in here imports torch or anything else outside the stan
 from .errors import BuildFailed, BuildUnavailable
 from .library import build_library, cache_root, describe, library_path, source_root
 from .runner import max_jobs
-from .toolchain import Tool, find_cxx, find_ninja, find_nvcc, find_torch
+from .toolchain import Tool, find_cxx, find_ninja, find_nvcc, find_torch, version_line
 
 __all__ = [
     "BuildFailed",
@@ -29,4 +29,5 @@ __all__ = [
     "library_path",
     "max_jobs",
     "source_root",
+    "version_line",
 ]

@@ -85,9 +85,7 @@ def describe(library: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def build_library(
-    kind: str, csrc: Path, folder: Path, output: Path, native: bool = False
-) -> None:
+def build_library(kind: str, csrc: Path, folder: Path, output: Path, native: bool = False) -> None:
     """Compiles in ``folder`` (kept, for the next time) and puts the library at ``output``.
 
     Safe beside other processes that build or load the same library: one builds at a time, and
@@ -165,7 +163,9 @@ def _build_once(kind: str, csrc: Path, folder: Path, library: Path) -> Path:
         attempt = f"{current} {find_cxx().path} {find_nvcc().path}"
         known = failure.read_text().split("\n", 2) if failure.is_file() else []
         if len(known) == 3 and known[0] == attempt:
-            raise BuildFailed(known[1], f"what the compiler said is in {failure}; delete it to retry")
+            raise BuildFailed(
+                known[1], f"what the compiler said is in {failure}; delete it to retry"
+            )
         print(f"fused_mlp: compiling the {kind} kernels, once …", file=sys.stderr, flush=True)
         try:
             _build_locked(kind, csrc, folder, library, native=True)

@@ -32,8 +32,10 @@ KINDS = ("cpu", "cuda")
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"
 LANGUAGE = "-std=c++20"
 # No -ffast-math: NaN, infinity and the order of sums are part of what the ops promise.
-CPU_FLAGS = ("-O3", LANGUAGE, "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
-CPU_FLAGS += ("-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", TORCH_TARGET)
+CPU_FLAGS: tuple[str, ...] = (
+    *("-O3", LANGUAGE, "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Wno-psabi", TORCH_TARGET),
+)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2)
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -41,8 +43,10 @@ ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {"avx2": _AVX2, "avx512": (*_AVX512, "-mprefer-vector-width=512")},
 }
 # -cudart static and symbols of libtorch_cpu alone: the library loads under every torch wheel.
-CUDA_FLAGS = ("-O3", LANGUAGE, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static")
-CUDA_FLAGS += (TORCH_TARGET,)
+CUDA_FLAGS: tuple[str, ...] = (
+    *("-O3", LANGUAGE, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"),
+    TORCH_TARGET,
+)
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
@@ -96,7 +100,8 @@ def fingerprint(kind: str, csrc: Path) -> str:
 def make_plan(kind: str, csrc: Path, folder: Path, native: bool = False) -> Plan:
     """The calls that build ``kind`` from ``csrc`` in ``folder``.
 
-    ``native`` prefers this machine's GPUs to all architectures. Raises BuildUnavailable where sources, torch's headers or a compiler are missing.
+    ``native`` prefers this machine's GPUs to all architectures. Raises BuildUnavailable where
+    sources, torch's headers or a compiler are missing.
     """
     if not sources(kind, csrc):
         raise BuildUnavailable(f"this version has no {kind} sources in {csrc}")
@@ -171,13 +176,12 @@ def _plan_cuda(
     ]
     output = folder / "_C_cuda.so"
     objects = [str(unit.output) for unit in units]
-    runtime = [f"-L{path}" for path in (nvcc.path.resolve().parent.parent / "lib",) if path.is_dir()]
     link = (*nvcc.command, *host, "-shared", "-cudart", "static", *objects, "-o", str(output))
     facts: dict[str, object] = {
         "architectures": [f"sm_{arch}" for arch in architectures],
         "compiler": str(nvcc.path),
     }
-    return Plan(units, (*link, *runtime, *libraries), output, facts)
+    return Plan(units, (*link, *libraries), output, facts)
 
 
 def _unit(source: Path, output: Path, command: tuple[str, ...]) -> Unit:

@@ -62,9 +62,9 @@ def site_folders() -> list[Path]:
         found[root] = None
         for listing in sorted(root.glob("*.pth")):
             for line in listing.read_text(errors="replace").splitlines():
-                if line and not line.startswith(("#", "import ", "import\t")):
-                    if (entry := root / line.strip()).is_dir():
-                        found[entry] = None
+                entry = root / line.strip()
+                if line.strip() and not line.startswith("import") and entry.is_dir():
+                    found[entry] = None
     return list(found)
 
 
@@ -125,9 +125,7 @@ def find_cxx() -> Tool:
     for name in ("g++", "c++", "clang++"):
         if path := shutil.which(name):
             return Tool(Path(path))
-    return Tool(
-        None, "no C++ compiler (looked for g++, c++, clang++ on PATH)", compiler_remedy()
-    )
+    return Tool(None, "no C++ compiler (looked for g++, c++, clang++ on PATH)", compiler_remedy())
 
 
 def find_nvcc() -> Tool:
