@@ -137,18 +137,21 @@ def _plan_cpu(
     have = tuple(f"-DFUSED_MLP_HAS_{name.upper()}" for name in isas if name != "baseline")
     strict = ("-Werror",) if _warnings_are_errors() else ()
     common = (*compiler, *CPU_FLAGS, *strict, *have, *includes)
-    units = []
+    units: dict[str, list[Unit]] = {"": [], **{name: [] for name in isas}}
     for source in sources("cpu", csrc):
         per_isa = source.parent.name == "kernels"
         for name, flags in isas.items() if per_isa else [("", ())]:
             suffix = f".{name}.o" if name else ".o"
             output = folder / source.relative_to(csrc).with_suffix(suffix)
             isa = (f"-DFUSED_MLP_ISA={name}",) if name else ()
-            units.append(_unit(source, output, (*common, *flags, *isa)))
+            units[name].append(_unit(source, output, (*common, *flags, *isa)))
+    # Of an inline function that several objects hold, the linker keeps the first. Objects for older
+    # processors come first, lest one of those runs a copy made for a newer one.
+    ordered = [unit for group in units.values() for unit in group]
     output = folder / "_C_cpu.so"
-    objects = [str(unit.output) for unit in units]
+    objects = [str(unit.output) for unit in ordered]
     link = (*compiler, "-shared", "-fPIC", *objects, "-o", str(output), *libraries)
-    return Plan(units, link, output, {"isas": list(isas), "compiler": " ".join(compiler)})
+    return Plan(ordered, link, output, {"isas": list(isas), "compiler": " ".join(compiler)})
 
 
 def _plan_cuda(

@@ -1,0 +1,87 @@
+# `make demo` and `make test` set up all they need: Python 3.10 or newer and g++ are enough.
+#
+#   TORCH='torch==2.14.1'   the torch to install, as pip takes it
+#   PYTHON=python3.12       the Python that .venv is made from
+#   DEMO='--epochs 5'  PYTEST='-k dropout'  BENCH='--quick'   more arguments for each command
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO ?=
+PYTEST ?=
+BENCH ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+# Without an NVIDIA GPU, torch's own index has a build ten times smaller than PyPI's for Linux.
+# Naming a TORCH switches this off: then pip's own configuration decides where it comes from.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+ifeq ($(origin TORCH)-$(shell uname -s)-$(shell command -v nvidia-smi),file-Linux-)
+  TORCH_INDEX := --extra-index-url $(CPU_INDEX) --retries 1
+endif
+# One stamp for each TORCH, so that another one installs again.
+NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
+READY := $(VENV)/.ready-$(NAME)
+
+.PHONY: demo test bench lint format abi-check clean distclean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo       train a network on real data, eager and fused, and compare the two'
+	@echo 'make test       run the tests'
+	@echo 'make bench      run the benchmarks'
+	@echo 'make lint       check style and types (make format mends style)'
+	@echo 'make abi-check  run one wheel under several versions of torch'
+	@echo 'make clean      remove what was built; make distclean removes .venv as well'
+
+demo: $(READY)
+	$(RUN) -m fused_mlp demo $(DEMO)
+
+test: $(READY)
+	$(RUN) -m pytest -m 'not slow' $(PYTEST)
+
+bench: $(READY)
+	$(RUN) -m bench $(BENCH)
+
+lint: $(READY) $(VENV)/.lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' \
+	  | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+	$(RUN) -m mypy
+
+format: $(READY) $(VENV)/.lint
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' \
+	  | xargs -r $(VENV)/bin/clang-format -i
+
+abi-check: $(READY)
+	$(RUN) scripts/abi_check.py
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo '$(PYTHON) is older than 3.10: make PYTHON=python3.12 …'; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo 'no venv module: on Debian, sudo apt install python3-venv'; exit 1; }
+
+# A library older than csrc/ is rebuilt on import, so sources need no place here. CUDA kernels are
+# compiled for this machine's GPUs alone, and not at all without one.
+INSTALL := FUSED_MLP_CUDA_ARCHS=$${FUSED_MLP_CUDA_ARCHS:-native} $(PIP) install --quiet -e
+
+$(READY): pyproject.toml setup.py | $(RUN)
+	$(PIP) install --quiet $(TORCH_INDEX) '$(TORCH)'
+	$(INSTALL) '.[bench,test,triton]'
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml | $(READY)
+	$(INSTALL) '.[lint]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info fused_mlp/_C_*.so fused_mlp/_C_*.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
