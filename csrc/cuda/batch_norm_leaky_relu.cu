@@ -1,0 +1,109 @@
+// batch_norm_leaky_relu: BatchNorm1d over (N, C) or (N, C, L), then LeakyReLU.
+#if !defined(__CUDA_ARCH__)
+#include <limits>
+
+#include "ops.h"
+
+namespace fused_mlp::cuda {
+namespace {
+
+// A group is a channel, dimension 1; all other dimensions are reduced.
+std::vector<bool> all_but_channels(const Tensor& x) {
+  std::vector<bool> reduced(x.dim(), true);
+  reduced[1] = false;
+  return reduced;
+}
+
+OptionalTensor contiguous_parameter(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_contiguous(*tensor)) : tensor;
+}
+
+// A running statistic that the kernel can update in place: itself, or a copy to be written back.
+struct Running {
+  OptionalTensor original, dense;
+  explicit Running(const OptionalTensor& tensor)
+      : original(tensor), dense(contiguous_parameter(tensor)) {}
+  void write_back() {
+    if (original && original->data_ptr() != dense->data_ptr())
+      torch::stable::copy_(*original, *dense);
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(
+    const Tensor& x, OptionalTensor running_mean, OptionalTensor running_var,
+    OptionalTensor num_batches_tracked, OptionalTensor weight, OptionalTensor bias, bool training,
+    double momentum, double eps, double negative_slope) {
+  const Context context(x);
+  const ScalarType type = accumulator_type(dtype_of(x));
+  Tensor mean = new_tensor({x.size(1)}, type, x), rstd = new_tensor({x.size(1)}, type, x);
+  if (x.numel() == 0) {
+    torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
+    torch::stable::fill_(rstd, std::numeric_limits<double>::quiet_NaN());
+    return {torch::stable::empty_like(x), mean, rstd};
+  }
+  Running means(running_mean), vars(running_var);
+  const OptionalTensor weights = contiguous_parameter(weight), biases = contiguous_parameter(bias);
+  Standardization s = standardization(x, std::nullopt, all_but_channels(x));
+  StandardizeParameters& p = s.parameters;
+  p.mean = mean.data_ptr();
+  p.deviation = rstd.data_ptr();
+  p.weight = data(weights);
+  p.bias = data(biases);
+  p.running_mean = mutable_data(means.dense);
+  p.running_var = mutable_data(vars.dense);
+  p.batches_tracked =
+      training ? static_cast<int64_t*>(mutable_data(num_batches_tracked)) : nullptr;
+  p.flags = (training ? 0 : kGivenStatistics) | wide_flag(weight, x, kWideWeight) |
+            wide_flag(bias, x, kWideBias) | wide_flag(running_mean, x, kWideRunningMean) |
+            wide_flag(running_var, x, kWideRunningVar);
+  p.momentum = momentum;
+  p.eps = eps;
+  p.slope = negative_slope;
+  run_forward(s, context);
+  if (training) {
+    means.write_back();
+    vars.write_back();
+  }
+  return {s.result, mean, rstd};
+}
+
+Tensors batch_norm_leaky_relu_backward(const Tensor& grad_output, const Tensor& x,
+                                       OptionalTensor weight, OptionalTensor bias,
+                                       const Tensor& mean, const Tensor& rstd, bool training,
+                                       double negative_slope, std::vector<bool> output_mask) {
+  const Context context(x);
+  const OptionalTensor weights = contiguous_parameter(weight), biases = contiguous_parameter(bias);
+  const Tensor means = as_contiguous(mean), rstds = as_contiguous(rstd);
+  OptionalTensor grad_weight, grad_bias;
+  if (output_mask[1]) grad_weight = torch::stable::empty_like(*weights);
+  if (output_mask[2]) grad_bias = torch::stable::empty_like(*biases);
+  Tensors results;
+  if (x.numel() == 0) {
+    if (output_mask[0]) results.push_back(torch::stable::empty_like(x));
+    if (grad_weight) results.push_back(torch::stable::zero_(*grad_weight));
+    if (grad_bias) results.push_back(torch::stable::zero_(*grad_bias));
+    return results;
+  }
+  Standardization s = standardization(x, grad_output, all_but_channels(x));
+  StandardizeParameters& p = s.parameters;
+  if (!output_mask[0]) p.y = nullptr;
+  p.mean = means.data_ptr();
+  p.deviation = rstds.data_ptr();
+  p.weight = data(weights);
+  p.bias = data(biases);
+  p.grad_weight = mutable_data(grad_weight);
+  p.grad_bias = mutable_data(grad_bias);
+  p.flags = (training ? 0 : kGivenStatistics) | wide_flag(weight, x, kWideWeight) |
+            wide_flag(bias, x, kWideBias);
+  p.slope = negative_slope;
+  run_backward(s, context);
+  if (output_mask[0]) results.push_back(s.result);
+  if (grad_weight) results.push_back(*grad_weight);
+  if (grad_bias) results.push_back(*grad_bias);
+  return results;
+}
+
+}  // namespace fused_mlp::cuda
+#endif
