@@ -1,0 +1,36 @@
+"""Matrix products that keep to the registers they have.
+
+Tensor cores take operands of any depth. Products without them (float32 at "highest" precision,
+float64 on chips that lack the instruction) hold every operand of tl.dot in registers, and a depth
+of 64 spills hundreds of them; so those are summed over slices of the depth.
+"""
+
+import triton
+import triton.language as tl
+
+SLICE = tl.constexpr(16)
+
+
+@triton.jit
+def _column_halves(a):
+    """[M, K] -> two [M, K / 2]"""
+    halves = tl.reshape(a, [a.shape[0], 2, a.shape[1] // 2])
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
+def _row_halves(b):
+    """[K, N] -> two [K / 2, N]"""
+    halves = tl.reshape(b, [2, b.shape[0] // 2, b.shape[1]])
+    return tl.split(tl.permute(halves, (1, 2, 0)))
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b for a [M, K], b [K, N] of one dtype; PRECISION as input_precision of tl.dot."""
+    if PRECISION == "ieee" and a.dtype.primitive_bitwidth >= 32 and a.shape[1] > SLICE:
+        a0, a1 = _column_halves(a)
+        b0, b1 = _row_halves(b)
+        return multiply(a1, b1, multiply(a0, b0, acc, PRECISION), PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

@@ -1,0 +1,59 @@
+"""Sums of partial results, added in order: the same bits whichever program finished first."""
+
+import triton
+import triton.language as tl
+
+from .launch import on_device, options
+
+BLOCK = 256
+OUTPUTS = 8  # what one launch can write
+
+
+@triton.jit
+def _store_section(ptr, start, end, at, value):
+    if ptr is not None:
+        inside = (at >= start) & (at < end)
+        tl.store(ptr + (at - start), value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def merge_kernel(
+    part_ptr, out0, out1, out2, out3, out4, out5, out6, out7,
+    end0, end1, end2, end3, end4, end5, end6, end7, total, parts, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum rows of part [parts, total] into outputs that own successive sections of a row."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    value = tl.load(part_ptr + at, mask=inside, other=0.0)
+    for part in range(1, parts):
+        value += tl.load(part_ptr + tl.cast(part, tl.int64) * total + at, mask=inside, other=0.0)
+    _store_section(out0, 0, end0, at, value)
+    _store_section(out1, end0, end1, at, value)
+    _store_section(out2, end1, end2, at, value)
+    _store_section(out3, end2, end3, at, value)
+    _store_section(out4, end3, end4, at, value)
+    _store_section(out5, end4, end5, at, value)
+    _store_section(out6, end5, end6, at, value)
+    _store_section(out7, end6, end7, at, value)
+
+
+def merge(part, outputs, sizes):
+    """Sum the rows of ``part`` (parts, total) into ``outputs``.
+
+    Args:
+        part: float32 or float64, contiguous.
+        outputs: contiguous tensors, or None for sections nobody wants; at most 8.
+        sizes: elements of each section; they add up to the row's length.
+    """
+    ends, end = [], 0
+    for size in sizes:
+        end += size
+        ends.append(end)
+    missing = OUTPUTS - len(sizes)
+    parts, total = part.shape
+    with on_device(part):
+        # One program for each block of a row.
+        merge_kernel[(triton.cdiv(total, BLOCK),)](
+            part, *outputs, *[None] * missing, *ends, *[end] * missing, total, parts,
+            BLOCK=BLOCK, **options(4),
+        )  # fmt: skip
