@@ -8,7 +8,11 @@ of 64 spills hundreds of them; so those are summed over slices of the depth.
 import triton
 import triton.language as tl
 
+from . import launch
+
 SLICE = tl.constexpr(16)
+# The interpreter multiplies bfloat16 by its bits; float32 holds the same products exactly.
+WIDEN_BFLOAT16 = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
@@ -28,7 +32,9 @@ def _row_halves(b):
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b for a [M, K], b [K, N] of one dtype; PRECISION as input_precision of tl.dot."""
-    if PRECISION == "ieee" and a.dtype.primitive_bitwidth >= 32 and a.shape[1] > SLICE:
+    if WIDEN_BFLOAT16 and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, out_dtype=acc.dtype)
+    elif PRECISION == "ieee" and a.dtype.primitive_bitwidth >= 32 and a.shape[1] > SLICE:
         a0, a1 = _column_halves(a)
         b0, b1 = _row_halves(b)
         return multiply(a1, b1, multiply(a0, b0, acc, PRECISION), PRECISION)
