@@ -133,7 +133,7 @@ def linear_relu_grad_weight_kernel(
     first = part * rows_per_part
     last = tl.minimum(first + rows_per_part, M)
     for start in range(first, last, BLOCK_DEPTH):
-        m = start + tl.arange(0, BLOCK_DEPTH)
+        m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_DEPTH)
         in_m = m < last
         mask = in_m[:, None] & in_n[None, :]
         g = tl.load(dy_ptr + m[:, None] * stride_gm + n[None, :] * stride_gn, mask=mask, other=0.0)

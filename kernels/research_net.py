@@ -1,0 +1,235 @@
+"""The whole network in one op: Linear, ReLU, dropout, Linear, BatchNorm, LeakyReLU, Linear.
+
+Evaluation is one launch, a training forward two (statistics, then output), backward three at most
+(sums behind the batch norm with the last layer's gradients, everything before it, the merge of the
+parts). Nothing of the batch's size is written but the output and the input's gradient.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .batch_norm_leaky_relu import RUNNING
+from .launch import (
+    accumulator,
+    architecture,
+    dot_precision,
+    on_device,
+    options,
+    triton_accumulator,
+)
+from .merge import merge
+from .philox import drop_threshold, keep_scale
+from .research_net_kernels import (
+    research_net_grad_kernel,
+    research_net_kernel,
+    research_net_statistics_kernel,
+)
+from .tiles import has_matrix_units
+
+MAX_HIDDEN = 128
+MAX_EDGE = 1024
+PROGRAMS = 128  # parts of the rows; each costs every program of the next launch a merge
+
+
+def fits(widths, dtype):
+    """Return whether a network runs on chip.
+
+    Args:
+        widths: input, hidden and output widths in order.
+        dtype: of input and parameters.
+    """
+    hidden = widths[1:-1]
+    return (
+        len(widths) in (3, 4)
+        and min(widths) > 0
+        and max(hidden) <= MAX_HIDDEN
+        and max(widths[0], widths[-1]) <= MAX_EDGE
+        and dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Padded widths, the block of rows, and how many programs share the rows."""
+
+    two: bool
+    block_m: int
+    block_in: int
+    block_f: int
+    block_h: int
+    block_out: int
+    chunks_in: int
+    chunks_out: int
+    rows_per_part: int
+    parts: int
+    num_warps: int
+
+
+def _pad(width, most):
+    return max(16, min(triton.next_power_of_2(width), most))
+
+
+@functools.lru_cache(maxsize=256)
+def shape(rows, widths, dtype, precision, backend, capability, backward):
+    """Return how a launch over ``rows`` rows is cut."""
+    two = len(widths) == 4
+    block_f, block_h = _pad(widths[1], MAX_HIDDEN), _pad(widths[-2], MAX_HIDDEN)
+    widest = max(block_f, block_h)
+    units = has_matrix_units(dtype, precision, backend, capability) and dtype != torch.float64
+    chunk = 64 if units else 32
+    if widest <= 64:
+        block_m, warps = (64, 4) if units else (32, 4)
+    else:
+        block_m, warps = (64, 8) if units else (32, 8)
+    if backward and widest > 32:
+        warps *= 2
+    block_in, block_out = _pad(widths[0], chunk), _pad(widths[-1], chunk)
+    block_m = min(block_m, _pad(rows, block_m))
+    blocks = triton.cdiv(rows, block_m)
+    rows_per_part = triton.cdiv(blocks, PROGRAMS) * block_m
+    return Shape(
+        two, block_m, block_in, block_f, block_h, block_out,
+        triton.cdiv(widths[0], block_in), triton.cdiv(widths[-1], block_out),
+        rows_per_part, triton.cdiv(rows, rows_per_part), warps,
+    )  # fmt: skip
+
+
+class _Network:
+    """Arguments every launch shares."""
+
+    def __init__(self, input, weights, biases, dropout_p, seed, backward):
+        self.widths = (weights[0].shape[1], *(w.shape[0] for w in weights))
+        dtype, precision = input.dtype, dot_precision(input.dtype)
+        s = self.shape = shape(
+            input.shape[0], self.widths, dtype, precision, *architecture(input), backward
+        )
+        self.weights = [w.contiguous() for w in weights]
+        self.biases = [b.contiguous() for b in biases]
+        p = dropout_p[0] if s.two and seed is not None else 0.0
+        self.seed = seed.contiguous() if p > 0 else None
+        self.dropout = (drop_threshold(p), keep_scale(p))
+        w1, b1 = self.weights[0], self.biases[0]
+        w2, b2 = (self.weights[1], self.biases[1]) if s.two else (None, None)
+        self.front = (w1, b1, w2, b2)
+        # in, first hidden, normalized hidden, out
+        self.sizes = (self.widths[0], self.widths[1], self.widths[-2], self.widths[-1])
+        self.blocks = {
+            "TWO": s.two,
+            "BLOCK_M": s.block_m,
+            "BLOCK_IN": s.block_in,
+            "BLOCK_F": s.block_f,
+            "BLOCK_H": s.block_h,
+            "CHUNKS_IN": s.chunks_in,
+            "PRECISION": precision,
+            "ACC": triton_accumulator(dtype),
+            **options(s.num_warps),
+        }
+        self.last_blocks = {"BLOCK_OUT": s.block_out, "CHUNKS_OUT": s.chunks_out}
+
+
+def _vector(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
+def _stride(tensor):
+    return 0 if tensor is None or tensor.dim() == 0 else tensor.stride(0)
+
+
+def research_net(
+    input, weights, biases, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked,
+    training, dropout_p, seed, momentum, eps, negative_slope,
+):  # fmt: skip
+    """Return (output, saved): saved holds mean and rstd of the batch norm, one after the other."""
+    rows, acc = input.shape[0], accumulator(input.dtype)
+    channels = weights[-2].shape[0]
+    output = input.new_empty(rows, weights[-1].shape[0])
+    saved = input.new_empty(2 * channels, dtype=acc)
+    if rows == 0:
+        if training:
+            saved.fill_(float("nan"))
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+        else:
+            saved[:channels] = running_mean
+            saved[channels:] = (running_var.to(acc) + eps).rsqrt()
+        return output, saved
+    net = _Network(input, weights, biases, dropout_p, seed, backward=False)
+    s, part, statistics = net.shape, None, RUNNING.value
+    split = (s.rows_per_part, s.parts)
+    with on_device(input):
+        if training:
+            statistics = triton.next_power_of_2(s.parts)
+            part = input.new_empty(3 * s.parts * channels + s.parts, dtype=acc)
+            # One program for each part of the rows.
+            research_net_statistics_kernel[(s.parts,)](
+                input, *net.front, net.seed, part, rows, *net.sizes[:3], *input.stride(),
+                *net.dropout, *split, **net.blocks,
+            )  # fmt: skip
+        # The same programs again; in evaluation the only launch.
+        research_net_kernel[(s.parts,)](
+            input, *net.front, net.weights[-1], net.biases[-1], _vector(bn_weight),
+            _vector(bn_bias), net.seed, running_mean, running_var, num_batches_tracked,
+            _stride(running_mean), _stride(running_var), part, output, saved, rows, *net.sizes,
+            *input.stride(), *net.dropout, momentum, eps, negative_slope, *split,
+            STATISTICS=statistics, **net.blocks, **net.last_blocks,
+        )  # fmt: skip
+    return output, saved
+
+
+def research_net_backward(
+    grad_output, input, weights, biases, bn_weight, bn_bias, saved, training, dropout_p, seed,
+    negative_slope, output_mask,
+):  # fmt: skip
+    """Return the gradients of input, weights, biases, bn_weight and bn_bias that are wanted."""
+    layers, rows = len(weights), input.shape[0]
+    channels = weights[-2].shape[0]
+    dtypes = [t.dtype for t in (*weights, *biases)]
+    dtypes += [input.dtype if t is None else t.dtype for t in (bn_weight, bn_bias)]
+    shapes = [tuple(t.shape) for t in (*weights, *biases)] + [(channels,)] * 2
+    dx = input.new_empty(input.shape) if output_mask[0] else None
+    gradients = [
+        input.new_empty(size, dtype=dtype) if wanted else None
+        for size, dtype, wanted in zip(shapes, dtypes, output_mask[1:], strict=True)
+    ]
+    everything = [t for t in (dx, *gradients) if t is not None]
+    if rows == 0 or not everything:
+        return [t.zero_() for t in everything]
+    net = _Network(input, weights, biases, dropout_p, seed, backward=True)
+    s = net.shape
+    sizes = [t.numel() for t in (*weights, *biases)] + [channels] * 2
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    at_w2, at_b2 = (starts[1], starts[layers + 1]) if s.two else (0, 0)
+    sections = (
+        at_w2, starts[layers - 1], starts[layers], at_b2, starts[2 * layers - 1], *starts[-2:]
+    )  # fmt: skip
+    part = input.new_empty(s.parts, sum(sizes), dtype=accumulator(input.dtype))
+    arguments = (
+        grad_output, input, *net.front, net.weights[-1], _vector(bn_weight), _vector(bn_bias),
+        saved, net.seed, part, dx, rows, *net.sizes, *grad_output.stride(), *input.stride(),
+        *net.dropout, negative_slope, s.rows_per_part, s.parts, sum(sizes), *sections,
+    )  # fmt: skip
+    constants = {
+        "TRAINING": training,
+        "PARTS": triton.next_power_of_2(s.parts),
+        **net.blocks,
+        **net.last_blocks,
+    }
+    with on_device(input):
+        # Programs: parts of the rows x chunks of the output, of the input, or of both.
+        if training:
+            research_net_grad_kernel[(s.parts, s.chunks_out)](
+                *arguments, LAST=True, REST=False, **constants
+            )
+            research_net_grad_kernel[(s.parts, s.chunks_in)](
+                *arguments, LAST=False, REST=True, **constants
+            )
+        else:
+            research_net_grad_kernel[(s.parts, max(s.chunks_in, s.chunks_out))](
+                *arguments, LAST=True, REST=True, **constants
+            )
+        if any(output_mask[1:]):
+            merge(part, gradients, sizes)
+    return everything

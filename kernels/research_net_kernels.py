@@ -1,0 +1,332 @@
+"""The whole network on chip: what the launchers in research_net.py run.
+
+A program walks blocks of rows. Weights are loaded once, before the walk (a first or last layer
+wider than a chunk streams its weight chunk by chunk instead); activations live in registers and
+shared memory only, and backward computes them again from the input.
+
+Dimensions: IN -> F -> H -> OUT, with BatchNorm on H; without a middle layer F is H.
+    first   W1 [F, IN], ReLU and dropout if there is a middle layer
+    middle  W2 [H, F], if TWO
+    last    W3 [OUT, H]
+Each is padded to a power of two from 16: BLOCK_IN and BLOCK_OUT are chunks of IN and OUT.
+"""
+
+import triton
+import triton.language as tl
+
+from .batch_norm_leaky_relu import RUNNING, leaky_relu, load_vector, reciprocal_std, update_running
+from .launch import divide, scalar
+from .matmul import multiply
+from .moments import merge_parts, store_part
+from .philox import dropout
+
+
+@triton.jit
+def load_weight(ptr, row0, rows, column0, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A [ROWS, COLUMNS] tile of a contiguous (rows, columns) matrix, zeros outside of it."""
+    r = row0 + tl.arange(0, ROWS)
+    c = column0 + tl.arange(0, COLUMNS)
+    mask = (r < rows)[:, None] & (c < columns)[None, :]
+    return tl.load(ptr + r[:, None] * columns + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rows(ptr, m, in_m, column0, columns, stride_m, stride_k, COLUMNS: tl.constexpr):
+    """A block of rows of a strided matrix, columns column0 .. column0 + COLUMNS."""
+    c = column0 + tl.arange(0, COLUMNS)
+    mask = in_m[:, None] & (c < columns)[None, :]
+    return tl.load(ptr + m[:, None] * stride_m + (c * stride_k)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def before_norm(
+    x_ptr, m, in_m, w1_ptr, w1, b1, w2, b2, seed_ptr, threshold, scale, stride_xm, stride_xk,
+    IN, F, TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_F: tl.constexpr, CHUNKS_IN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What the batch norm sees of a block of rows [BLOCK_M, H], and the first layer's output."""
+    acc = tl.zeros([BLOCK_M, BLOCK_F], ACC)
+    if CHUNKS_IN == 1:
+        x = load_rows(x_ptr, m, in_m, 0, IN, stride_xm, stride_xk, BLOCK_IN)
+        acc = multiply(x, tl.trans(w1), acc, PRECISION)
+    else:
+        for chunk in range(CHUNKS_IN):
+            x = load_rows(x_ptr, m, in_m, chunk * BLOCK_IN, IN, stride_xm, stride_xk, BLOCK_IN)
+            w = load_weight(w1_ptr, 0, F, chunk * BLOCK_IN, IN, BLOCK_F, BLOCK_IN)
+            acc = multiply(x, tl.trans(w), acc, PRECISION)
+    z = acc + b1[None, :]
+    if TWO:
+        z = tl.where(z <= 0, 0.0, z)
+        if seed_ptr is not None:
+            z = dropout(z, seed_ptr, m, 0, 0, threshold, scale, BLOCK_F)
+        a = z.to(w2.dtype)
+        zero = tl.zeros([BLOCK_M, w2.shape[0]], ACC)
+        return multiply(a, tl.trans(w2), zero, PRECISION) + b2[None, :], a
+    else:
+        return z, z
+
+
+@triton.jit(do_not_specialize=["threshold", "parts", "rows_per_part"])
+def research_net_statistics_kernel(
+    x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, seed_ptr, part_ptr, M, IN, F, H,
+    stride_xm, stride_xk, threshold, scale: tl.float64, rows_per_part, parts,
+    TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_H: tl.constexpr, CHUNKS_IN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Moments of the batch norm's input over a part of the rows. Grid: (parts,)."""
+    part = tl.program_id(0)
+    h = tl.arange(0, BLOCK_H).to(tl.int64)
+    f = tl.arange(0, BLOCK_F)
+    in_h = h < H
+    scale = scalar(scale, ACC)
+    w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+    b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
+    w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F) if TWO else w1
+    b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
+    first = part.to(tl.int64) * rows_per_part
+    last = tl.minimum(first + rows_per_part, M)
+    shift = tl.zeros([BLOCK_H], ACC)
+    sums = tl.zeros([BLOCK_H], ACC)
+    squares = tl.zeros([BLOCK_H], ACC)
+    for start in range(first, last, BLOCK_M):
+        m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+        in_m = m < last
+        z, _ = before_norm(
+            x_ptr, m, in_m, w1_ptr, w1, b1, w2, b2, seed_ptr, threshold, scale,
+            stride_xm, stride_xk, IN, F, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, CHUNKS_IN,
+            PRECISION, ACC,
+        )  # fmt: skip
+        if start == first:
+            rows = tl.minimum(last - first, BLOCK_M).to(ACC)
+            shift = tl.sum(tl.where(in_m[:, None], z, 0.0), 0) / rows
+            shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+        d = tl.where(in_m[:, None], z - shift[None, :], 0.0)
+        sums += tl.sum(d, 0)
+        squares += tl.sum(d * d, 0)
+    count = (last - first).to(ACC)
+    mean = sums / count
+    deviations = squares - count * mean * mean
+    deviations = tl.where(deviations < 0, 0.0, deviations)
+    store_part(part_ptr, shift, mean, deviations, count, part, parts, h, in_h, H, part >= 0)
+
+
+@triton.jit(do_not_specialize=["threshold", "parts", "rows_per_part"])
+def research_net_kernel(
+    x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr, gamma_ptr, beta_ptr, seed_ptr,
+    running_mean_ptr, running_var_ptr, tracked_ptr, running_mean_stride, running_var_stride,
+    part_ptr, y_ptr, saved_ptr, M, IN, F, H, OUT, stride_xm, stride_xk, threshold,
+    scale: tl.float64, momentum: tl.float64, eps: tl.float64, slope: tl.float64,
+    rows_per_part, parts, STATISTICS: tl.constexpr, TWO: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, CHUNKS_IN: tl.constexpr, CHUNKS_OUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The network's output for a part of the rows. Grid: (parts,).
+
+    STATISTICS: RUNNING in evaluation, else the padded number of parts to merge.
+    """
+    part = tl.program_id(0)
+    h = tl.arange(0, BLOCK_H).to(tl.int64)
+    f = tl.arange(0, BLOCK_F)
+    in_h = h < H
+    slope = scalar(slope, ACC)
+    scale = scalar(scale, ACC)
+    if STATISTICS == RUNNING:
+        mean = tl.load(running_mean_ptr + h * running_mean_stride, mask=in_h, other=0.0).to(ACC)
+        var = tl.load(running_var_ptr + h * running_var_stride, mask=in_h, other=1.0).to(ACC)
+    else:
+        origin, centre, deviations, count = merge_parts(
+            part_ptr, parts, h, in_h, H, STATISTICS, ACC
+        )
+        mean = origin + centre
+        var = divide(deviations, tl.zeros_like(deviations) + count)
+        if part == 0:
+            update_running(
+                running_mean_ptr, running_var_ptr, tracked_ptr, running_mean_stride,
+                running_var_stride, h, in_h, mean, deviations, count, scalar(momentum, ACC),
+                part == 0, ACC,
+            )  # fmt: skip
+    rstd = reciprocal_std(var, scalar(eps, ACC), ACC)
+    if part == 0:
+        tl.store(saved_ptr + h, mean, mask=in_h)
+        tl.store(saved_ptr + H + h, rstd, mask=in_h)
+    gamma = load_vector(gamma_ptr, h, in_h, 1.0, ACC)
+    beta = load_vector(beta_ptr, h, in_h, 0.0, ACC)
+    w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+    b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
+    w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F) if TWO else w1
+    b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
+    c = tl.arange(0, BLOCK_OUT)
+    w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+    b3 = load_vector(b3_ptr, c, c < OUT, 0.0, ACC)
+    first = part.to(tl.int64) * rows_per_part
+    last = tl.minimum(first + rows_per_part, M)
+    for start in range(first, last, BLOCK_M):
+        m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+        in_m = m < last
+        z, _ = before_norm(
+            x_ptr, m, in_m, w1_ptr, w1, b1, w2, b2, seed_ptr, threshold, scale,
+            stride_xm, stride_xk, IN, F, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, CHUNKS_IN,
+            PRECISION, ACC,
+        )  # fmt: skip
+        u = (z - mean[None, :]) * rstd[None, :] * gamma[None, :] + beta[None, :]
+        a = leaky_relu(u, slope).to(w3.dtype)
+        y_at = y_ptr + m[:, None] * OUT + c[None, :]
+        if CHUNKS_OUT == 1:
+            zero = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
+            y = multiply(a, tl.trans(w3), zero, PRECISION) + b3[None, :]
+            tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & (c < OUT)[None, :])
+        else:
+            for chunk in range(CHUNKS_OUT):
+                at = chunk * BLOCK_OUT
+                w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+                b = load_vector(b3_ptr, at + c, at + c < OUT, 0.0, ACC)
+                zero = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
+                y = multiply(a, tl.trans(w), zero, PRECISION) + b[None, :]
+                mask = in_m[:, None] & (at + c < OUT)[None, :]
+                tl.store(y_at + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_weight(ptr, value, row0, rows, column0, columns):
+    """Write a tile of a contiguous (rows, columns) matrix."""
+    r = row0 + tl.arange(0, value.shape[0])
+    c = column0 + tl.arange(0, value.shape[1])
+    mask = (r < rows)[:, None] & (c < columns)[None, :]
+    tl.store(ptr + r[:, None] * columns + c[None, :], value, mask=mask)
+
+
+@triton.jit
+def merge_row(ptr, row_length, parts, h, in_h, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """The sum over parts of a vector that every part keeps in its row."""
+    p = tl.arange(0, PARTS)
+    at = p.to(tl.int64)[:, None] * row_length + h[None, :]
+    mask = (p < parts)[:, None] & in_h[None, :]
+    return tl.sum(tl.load(ptr + at, mask=mask, other=0.0).to(ACC), 0)
+
+
+@triton.jit(do_not_specialize=["threshold", "parts", "rows_per_part"])
+def research_net_grad_kernel(
+    g_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, gamma_ptr, beta_ptr, saved_ptr,
+    seed_ptr, part_ptr, dx_ptr, M, IN, F, H, OUT, stride_gm, stride_gn, stride_xm, stride_xk,
+    threshold, scale: tl.float64, slope: tl.float64, rows_per_part, parts, row_length,
+    at_w2, at_w3, at_b1, at_b2, at_b3, at_gamma, at_beta,
+    LAST: tl.constexpr, REST: tl.constexpr, TRAINING: tl.constexpr, PARTS: tl.constexpr,
+    TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS_IN: tl.constexpr,
+    CHUNKS_OUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients over a part of the rows. Grid: (parts, chunks of the input or output).
+
+    LAST: gradients of W3, b3, gamma and beta. REST: those of W1, b1, W2, b2 and the input, which
+    in training need the merged sums of LAST. Program (p, c) owns chunk c of W1, W3 and the
+    input; c = 0 owns everything else. Sums go to row p of part [parts, row_length].
+    """
+    part = tl.program_id(0)
+    unit = tl.program_id(1)
+    row_ptr = part_ptr + part.to(tl.int64) * row_length
+    h = tl.arange(0, BLOCK_H).to(tl.int64)
+    f = tl.arange(0, BLOCK_F)
+    c = tl.arange(0, BLOCK_OUT)
+    in_h = h < H
+    slope = scalar(slope, ACC)
+    scale = scalar(scale, ACC)
+    mean = tl.load(saved_ptr + h, mask=in_h, other=0.0)
+    rstd = tl.load(saved_ptr + H + h, mask=in_h, other=0.0)
+    gamma = load_vector(gamma_ptr, h, in_h, 1.0, ACC)
+    beta = load_vector(beta_ptr, h, in_h, 0.0, ACC)
+    if TRAINING and REST:
+        # Summed over rows: what batch norm takes from every row's gradient.
+        rows = scalar(1.0, ACC) * M
+        mean_gamma = merge_row(part_ptr + at_gamma, row_length, parts, h, in_h, PARTS, ACC) / rows
+        mean_beta = merge_row(part_ptr + at_beta, row_length, parts, h, in_h, PARTS, ACC) / rows
+    in0 = unit * BLOCK_IN
+    out0 = unit * BLOCK_OUT
+    # With one chunk this is the whole first layer, resident for both directions.
+    w1 = load_weight(w1_ptr, 0, F, in0, IN, BLOCK_F, BLOCK_IN)
+    b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
+    w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F) if TWO else w1
+    b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
+    w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+
+    if LAST:
+        dw3 = tl.zeros([BLOCK_OUT, BLOCK_H], ACC)
+        db3 = tl.zeros([BLOCK_OUT], ACC)
+        dgamma = tl.zeros([BLOCK_H], ACC)
+        dbeta = tl.zeros([BLOCK_H], ACC)
+    if REST:
+        dw1 = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
+        db1 = tl.zeros([BLOCK_F], ACC)
+        if TWO:
+            dw2 = tl.zeros([BLOCK_H, BLOCK_F], ACC)
+            db2 = tl.zeros([BLOCK_H], ACC)
+    first = part.to(tl.int64) * rows_per_part
+    last = tl.minimum(first + rows_per_part, M)
+    for start in range(first, last, BLOCK_M):
+        m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+        in_m = m < last
+        z, a1 = before_norm(
+            x_ptr, m, in_m, w1_ptr, w1, b1, w2, b2, seed_ptr, threshold, scale,
+            stride_xm, stride_xk, IN, F, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, CHUNKS_IN,
+            PRECISION, ACC,
+        )  # fmt: skip
+        normalized = (z - mean[None, :]) * rstd[None, :]
+        u = normalized * gamma[None, :] + beta[None, :]
+        da = tl.zeros([BLOCK_M, BLOCK_H], ACC)
+        if CHUNKS_OUT == 1:
+            g = load_rows(g_ptr, m, in_m, 0, OUT, stride_gm, stride_gn, BLOCK_OUT)
+            da = multiply(g, w3, da, PRECISION)
+        else:
+            for chunk in range(CHUNKS_OUT):
+                at = chunk * BLOCK_OUT
+                g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
+                w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+                da = multiply(g, w, da, PRECISION)
+        du = tl.where(u > 0, da, da * slope)
+        if LAST:
+            if CHUNKS_OUT == 1:
+                g_own = g
+            else:
+                g_own = load_rows(g_ptr, m, in_m, out0, OUT, stride_gm, stride_gn, BLOCK_OUT)
+            a = leaky_relu(u, slope).to(w3.dtype)
+            dw3 = multiply(tl.trans(g_own), a, dw3, PRECISION)
+            db3 += tl.sum(g_own.to(ACC), 0)
+            dbeta += tl.sum(du, 0)
+            # Beyond the last row du is 0, but the rows computed there may hold infinities.
+            dgamma += tl.sum(tl.where(in_m[:, None], du * normalized, 0.0), 0)
+        if REST:
+            if TRAINING:
+                du = du - mean_beta[None, :] - normalized * mean_gamma[None, :]
+            dz = tl.where(in_m[:, None], du * (rstd * gamma)[None, :], 0.0)
+            if TWO:
+                db2 += tl.sum(dz, 0)
+                dz = dz.to(w2.dtype)
+                dw2 = multiply(tl.trans(dz), a1, dw2, PRECISION)
+                da1 = multiply(dz, w2, tl.zeros([BLOCK_M, BLOCK_F], ACC), PRECISION)
+                dz1 = tl.where(a1 <= 0, 0.0, da1 * scale)
+            else:
+                dz1 = dz
+            db1 += tl.sum(dz1, 0)
+            dz1 = dz1.to(w1.dtype)
+            x = load_rows(x_ptr, m, in_m, in0, IN, stride_xm, stride_xk, BLOCK_IN)
+            dw1 = multiply(tl.trans(dz1), x, dw1, PRECISION)
+            if dx_ptr is not None:
+                zero = tl.zeros([BLOCK_M, BLOCK_IN], ACC)
+                dx = multiply(dz1, w1, zero, PRECISION)
+                i = in0 + tl.arange(0, BLOCK_IN)
+                dx_at = dx_ptr + m[:, None] * IN + i[None, :]
+                mask = in_m[:, None] & (i < IN)[None, :]
+                tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if LAST:
+        store_weight(row_ptr + at_w3, dw3, out0, OUT, 0, H)
+        tl.store(row_ptr + at_b3 + out0 + c, db3, mask=out0 + c < OUT)
+        if unit == 0:
+            tl.store(row_ptr + at_gamma + h, dgamma, mask=in_h)
+            tl.store(row_ptr + at_beta + h, dbeta, mask=in_h)
+    if REST:
+        store_weight(row_ptr, dw1, 0, F, in0, IN)
+        if unit == 0:
+            tl.store(row_ptr + at_b1 + f, db1, mask=f < F)
+            if TWO:
+                store_weight(row_ptr + at_w2, dw2, 0, H, 0, F)
+                tl.store(row_ptr + at_b2 + h, db2, mask=in_h)
