@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TORCH_MINIMUM = (2, 13)
+CUDA_FOLDER = Path("/usr/local/cuda")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def find_nvcc() -> Tool:
                 return Tool(candidate)
     if path := shutil.which("nvcc"):
         return Tool(Path(path))
-    if (candidate := Path("/usr/local/cuda/bin/nvcc")).is_file():
+    if (candidate := CUDA_FOLDER / "bin" / "nvcc").is_file():
         return Tool(candidate)
     for folder in site_folders():
         for candidate in sorted((folder / "nvidia").glob("cu*/bin/nvcc"), reverse=True):
