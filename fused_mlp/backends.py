@@ -274,15 +274,19 @@ def _cuda_fits(widths: Sequence[int], input: Tensor) -> bool:
 
 
 def saved_numel(
-    input: Tensor, weights: Sequence[Tensor], dropout_p: Sequence[float], seed: Tensor | None
+    input: Tensor,
+    weights: Sequence[Tensor],
+    training: bool,
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
 ) -> int:
     """Return how many elements research_net's ``saved`` has on the active backend.
 
-    It begins with the mean and rstd of the batch norm. The CPU kernels add what the batch norm
-    saw and what each hidden layer put out (csrc/cpu/kernels/research_net.cpp).
+    It begins with the mean and rstd of the batch norm. In training the CPU kernels add what the
+    batch norm saw and what each hidden layer put out (csrc/cpu/kernels/network.h).
     """
     channels = weights[-2].shape[0]
-    if input.device.type != "cpu" or active_backend("cpu") != "native":
+    if not training or input.device.type != "cpu" or active_backend("cpu") != "native":
         return 2 * channels
     rows = input.shape[0]
     itemsize = reference.accumulate_dtype(input.dtype).itemsize

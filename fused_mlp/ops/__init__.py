@@ -3,9 +3,16 @@
 Importing this package registers ``torch.ops.fused_mlp.*`` and ``torch.ops.fused_mlp_kernels.*``.
 """
 
+from ._common import check_probability
 from .batch_norm_leaky_relu import batch_norm_leaky_relu
 from .linear_relu import linear_relu
 from .normalize import normalize
 from .research_net import research_net
 
-__all__ = ["batch_norm_leaky_relu", "linear_relu", "normalize", "research_net"]
+__all__ = [
+    "batch_norm_leaky_relu",
+    "check_probability",
+    "linear_relu",
+    "normalize",
+    "research_net",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -127,8 +128,16 @@ def check_like(
         )
 
 
+def check_number(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a real number (symbolic ones under torch.compile too)."""
+    if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}(): argument '{name}' must be float, not {type(value).__name__}")
+
+
 def check_probability(op: str, name: str, p: float) -> None:
     """Raise ValueError unless 0 <= p <= 1."""
+    if type(p) is not float:
+        check_number(op, name, p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(
             f"{op}(): dropout probability {name} has to be between 0 and 1, but got {p}"

@@ -15,6 +15,7 @@ from .. import reference
 from ._common import (
     check_floating,
     check_like,
+    check_number,
     check_tensor,
     differentiate_formula,
     grad_needed,
@@ -121,6 +122,10 @@ def batch_norm_leaky_relu(
         num_batches_tracked: int64 scalar tensor that a training call counts up by one.
     """
     check(input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked)
+    if type(momentum) is not float:
+        check_number("batch_norm_leaky_relu", "momentum", momentum)
+    if type(negative_slope) is not float:
+        check_number("batch_norm_leaky_relu", "negative_slope", negative_slope)
     if use_formula(input):
         return _formula(
             input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
@@ -219,6 +224,8 @@ def check_norm(
             )
     if (running_mean is None) != (running_var is None):
         raise RuntimeError(f"{op}(): give both running_mean and running_var, or neither")
+    if type(eps) is not float:
+        check_number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}(): eps must not be negative, but got {eps}")
     if num_batches_tracked is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from ._common import (
     check_floating,
+    check_number,
     check_tensor,
     differentiate_formula,
     grad_needed,
@@ -69,6 +70,10 @@ def check(
     op = "normalize"
     check_tensor(op, "input", input)
     check_floating(op, "input", input)
+    if type(correction) is not float:
+        check_number(op, "correction", correction)
+    if type(eps) is not float:
+        check_number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}(): eps must not be negative, but got {eps}")
     rank = input.dim()
@@ -77,6 +82,8 @@ def check(
     else:
         dims, count = [], 1
         for d in dim:
+            if not isinstance(d, (int, torch.SymInt)):
+                raise TypeError(f"{op}(): argument 'dim' must hold int, not {type(d).__name__}")
             if not -max(rank, 1) <= d < max(rank, 1):
                 raise IndexError(
                     f"{op}(): dimension out of range (expected to be in range of "

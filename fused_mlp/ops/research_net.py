@@ -19,6 +19,7 @@ from ..dropout import draw_seed
 from ._common import (
     check_floating,
     check_like,
+    check_number,
     check_probability,
     check_seed,
     check_tensor,
@@ -129,6 +130,10 @@ def research_net(
         input, weights, biases, bn_weight, bn_bias, running_mean, running_var, training, dropout_p,
         seed, eps, num_batches_tracked,
     )  # fmt: skip
+    if type(momentum) is not float:
+        check_number("research_net", "momentum", momentum)
+    if type(negative_slope) is not float:
+        check_number("research_net", "negative_slope", negative_slope)
     if not any(dropout_p):
         seed = None
     elif seed is None:
@@ -281,7 +286,7 @@ def _fake(
     return (
         input.new_empty(input.shape[0], weights[-1].shape[0]),
         input.new_empty(
-            backends.saved_numel(input, weights, dropout_p, seed),
+            backends.saved_numel(input, weights, training, dropout_p, seed),
             dtype=reference.accumulate_dtype(input.dtype),
         ),
     )

@@ -1,0 +1,95 @@
+// batch_norm_leaky_relu on the CPU.
+
+#include "cpu/ops.h"
+
+namespace fused_mlp {
+namespace {
+
+BatchNormLeakyReLU describe(const Tensor& input, const std::optional<Tensor>& weight,
+                            const std::optional<Tensor>& bias, bool training, double eps,
+                            double negative_slope) {
+  STD_TORCH_CHECK(input.is_cpu() && (input.dim() == 2 || input.dim() == 3),
+                  "batch_norm_leaky_relu: expected a 2D or 3D CPU input");
+  BatchNormLeakyReLU op{};
+  op.dtype = dtype_of(input);
+  op.batches = input.size(0);
+  op.channels = input.size(1);
+  op.length = input.dim() == 3 ? input.size(2) : 1;
+  op.weight = channels_of(weight, op.channels, "weight");
+  op.bias = channels_of(bias, op.channels, "bias");
+  op.training = training;
+  op.eps = eps;
+  op.negative_slope = negative_slope;
+  return op;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(
+    const Tensor& input, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+    std::optional<Tensor> num_batches_tracked, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, bool training, double momentum, double eps,
+    double negative_slope) {
+  const std::optional<Tensor> scale = as_contiguous_or_none(weight),
+                              shift = as_contiguous_or_none(bias);
+  BatchNormLeakyReLU op = describe(input, scale, shift, training, eps, negative_slope);
+  STD_TORCH_CHECK(training || (running_mean && running_var),
+                  "batch_norm_leaky_relu: evaluation needs running_mean and running_var");
+  op.running_mean = channels_of(running_mean, op.channels, "running_mean");
+  op.running_var = channels_of(running_var, op.channels, "running_var");
+  op.num_batches_tracked = training ? counter_of(num_batches_tracked) : nullptr;
+  op.momentum = momentum;
+  const Tensor source = as_contiguous(input);
+  const Tensor output = new_empty_cpu(sizes_of(input), input.scalar_type());
+  const Tensor mean = new_empty_cpu({op.channels}, accumulate_type(input));
+  const Tensor rstd = new_empty_cpu({op.channels}, accumulate_type(input));
+  op.input = source.const_data_ptr();
+  op.output = output.mutable_data_ptr();
+  op.mean = mean.mutable_data_ptr();
+  op.rstd = rstd.mutable_data_ptr();
+  kernels().batch_norm_leaky_relu(op);
+  return {output, mean, rstd};
+}
+
+std::vector<Tensor> batch_norm_leaky_relu_backward(const Tensor& grad_output, const Tensor& input,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& bias,
+                                                   const Tensor& mean, const Tensor& rstd,
+                                                   bool training, double negative_slope,
+                                                   std::vector<bool> output_mask) {
+  const std::optional<Tensor> scale = as_contiguous_or_none(weight),
+                              shift = as_contiguous_or_none(bias);
+  BatchNormLeakyReLUBackward op{};
+  op.forward = describe(input, scale, shift, training, 0, negative_slope);
+  BatchNormLeakyReLU& norm = op.forward;
+  STD_TORCH_CHECK(output_mask.size() == 3,
+                  "batch_norm_leaky_relu_backward: output_mask must have 3 flags");
+  STD_TORCH_CHECK(grad_output.is_cpu() && grad_output.numel() == input.numel() &&
+                      grad_output.scalar_type() == input.scalar_type() &&
+                      mean.numel() == norm.channels && rstd.numel() == norm.channels &&
+                      mean.scalar_type() == accumulate_type(input) &&
+                      rstd.scalar_type() == accumulate_type(input),
+                  "batch_norm_leaky_relu_backward: grad_output, mean or rstd do not fit input");
+  const Tensor source = as_contiguous(input), grad = as_contiguous(grad_output);
+  const Tensor centre = as_contiguous(mean), reciprocal = as_contiguous(rstd);
+  norm.input = source.const_data_ptr();
+  norm.mean = const_cast<void*>(centre.const_data_ptr());
+  norm.rstd = const_cast<void*>(reciprocal.const_data_ptr());
+  op.grad_output = grad.const_data_ptr();
+  std::vector<Tensor> gradients;
+  if (output_mask[0]) {
+    gradients.push_back(new_empty_cpu(sizes_of(input), input.scalar_type()));
+    op.grad_input = gradients.back().mutable_data_ptr();
+  }
+  const auto vector_like = [&](const std::optional<Tensor>& parameter) -> ChannelVector {
+    gradients.push_back(
+        new_empty_cpu({norm.channels}, parameter ? parameter->scalar_type() : input.scalar_type()));
+    return {gradients.back().mutable_data_ptr(), dtype_of(gradients.back())};
+  };
+  if (output_mask[1]) op.grad_weight = vector_like(weight);
+  if (output_mask[2]) op.grad_bias = vector_like(bias);
+  kernels().batch_norm_leaky_relu_backward(op);
+  return gradients;
+}
+
+}  // namespace fused_mlp

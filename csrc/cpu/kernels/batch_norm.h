@@ -1,0 +1,80 @@
+// What batch_norm_leaky_relu and research_net share: statistics to coefficients and back.
+#pragma once
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/rows.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+// u = (x - mean) * scale + shift, one of each a channel. Not folded into x * scale + (shift - mean
+// * scale): that would lose the digits of data far from zero.
+template <class T>
+struct Affine {
+  T* mean;
+  T* scale;
+  T* shift;
+};
+
+// Training: turns means and m2s of `count` values into mean and rstd and updates the running
+// statistics. `Op` is BatchNormLeakyReLU or ResearchNet.
+template <class T, class Op>
+inline void finish_statistics(const Op& op, int64_t channels, double count, const double* mean,
+                              const double* m2, T* out_mean, T* out_rstd) {
+  for (int64_t c = 0; c < channels; ++c) {
+    out_mean[c] = static_cast<T>(mean[c]);
+    out_rstd[c] = static_cast<T>(1 / std::sqrt(m2[c] / count + op.eps));
+  }
+  if (op.num_batches_tracked) *op.num_batches_tracked += 1;
+  if (count == 0) return;
+  const auto update = [&](ChannelVector running, const double* fresh, double factor) {
+    if (running.data == nullptr) return;
+    dispatch(running.dtype, [&](auto element) {
+      using S = decltype(element);
+      S* values = static_cast<S*>(running.data);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double old = static_cast<double>(widen(values[c]));
+        const double value = (1 - op.momentum) * old + op.momentum * (fresh[c] * factor);
+        values[c] = narrow<S>(static_cast<Compute<S>>(value));
+      }
+    });
+  };
+  update(op.running_mean, mean, 1);
+  update(op.running_var, m2, 1 / (count - 1));  // the unbiased variance
+}
+
+// Evaluation: mean and rstd of the running statistics.
+template <class T, class Op>
+inline void running_statistics(const Op& op, int64_t channels, T* out_mean, T* out_rstd) {
+  copy_channels<T>(op.running_mean, channels, channels, T(0), out_mean);
+  copy_channels<T>(op.running_var, channels, channels, T(1), out_rstd);
+  for (int64_t c = 0; c < channels; ++c) {
+    out_rstd[c] = static_cast<T>(1 / std::sqrt(static_cast<double>(out_rstd[c]) + op.eps));
+  }
+}
+
+// The coefficients of a batch norm; `room` >= channels elements of each are written.
+template <class T>
+inline void make_affine(const T* mean, const T* rstd, ChannelVector weight, ChannelVector bias,
+                        int64_t channels, int64_t room, Affine<T> to) {
+  copy_channels<T>(weight, channels, room, T(1), to.scale);
+  copy_channels<T>(bias, channels, room, T(0), to.shift);
+  for (int64_t c = 0; c < room; ++c) {
+    to.mean[c] = c < channels ? mean[c] : T(0);
+    to.scale[c] *= c < channels ? rstd[c] : T(0);
+  }
+}
+
+// The input gradient's coefficients: dx = k1 * du - k2 - (x - mean) * k3, from the sums of du and
+// of du * (x - mean) over `count` values. In evaluation the statistics are constants: k2 = k3 = 0.
+template <class T>
+inline void input_grad_coefficients(bool training, int64_t channels, double count,
+                                    const double* sum, const double* sum_x, const T* rstd,
+                                    const T* scale, T* k2, T* k3) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double r = static_cast<double>(rstd[c]), s = static_cast<double>(scale[c]);
+    k2[c] = training ? static_cast<T>(s * sum[c] / count) : T(0);
+    k3[c] = training ? static_cast<T>(s * r * r * sum_x[c] / count) : T(0);
+  }
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

@@ -1,0 +1,57 @@
+// How rows are shared out.
+//
+// Where partial sums are merged, rows are cut into chunks whose number depends on the size alone,
+// never on the threads, so that every run gives the same bits on any number of them. Where rows
+// are independent, blocks go to whichever thread is free.
+#pragma once
+
+#include "cpu/kernels/vec.h"
+#include "cpu/parallel.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+// Rows worked on at a time: with 256 columns a block is 70 kB, a few of them fit a core's L2.
+constexpr int64_t kBlockRows = 64;
+// Multiply-adds worth handing to a second thread: about 8 us of work, against 2 us to wake it.
+constexpr int64_t kThreadWork = int64_t{1} << 18;
+// One element of a pass over memory costs about as much as this many multiply-adds.
+constexpr int64_t kPassCost = 16;
+constexpr int64_t kMaxChunks = 16;
+
+// Chunks for `rows` rows of `work` multiply-adds each: a power of two, so two threads share evenly.
+FUSED_MLP_INLINE int64_t chunk_count(int64_t rows, int64_t work) {
+  int64_t chunks = 1;
+  while (chunks < kMaxChunks && rows >= 4 * chunks &&
+         static_cast<double>(rows) * static_cast<double>(work) >= 2.0 * chunks * kThreadWork) {
+    chunks *= 2;
+  }
+  return chunks;
+}
+
+// The first row of a chunk; chunks differ by at most one row.
+FUSED_MLP_INLINE int64_t chunk_begin(int64_t rows, int64_t chunks, int64_t chunk) {
+  return rows / chunks * chunk + smaller(rows % chunks, chunk);
+}
+
+// Calls body(chunk, begin, end) for every chunk of the rows.
+template <class Body>
+inline void for_chunks(int64_t rows, int64_t chunks, const Body& body) {
+  parallel_for(chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      body(chunk, chunk_begin(rows, chunks, chunk), chunk_begin(rows, chunks, chunk + 1));
+    }
+  });
+}
+
+// Calls body(first, rows) for blocks of independent rows of `work` multiply-adds each.
+template <class Body>
+inline void for_row_blocks(int64_t rows, int64_t work, const Body& body) {
+  const int64_t grain = larger(1, kThreadWork / larger(1, work));
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kBlockRows) {
+      body(first, smaller(kBlockRows, end - first));
+    }
+  });
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

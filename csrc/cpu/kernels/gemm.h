@@ -1,0 +1,128 @@
+// Matrix products of blocks that stay in a core's cache.
+//
+// One register tile serves every product of the network: the left operand is read one scalar at a
+// time and broadcast, so any two strides do (a matrix or its transpose, in place, without packing);
+// the right operand is read in vectors, so its rows are packed into zero-padded panels.
+#pragma once
+
+#include "cpu/kernels/vec.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+// Rows of a register tile: with two vectors a row the sums fill the register file but for the two
+// vectors of the right operand and one broadcast (14 * 2 + 3 of 32, 6 * 2 + 3 of 16).
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 14;
+#else
+constexpr int kTileRows = 6;
+#endif
+constexpr int kTileVectors = 2;
+
+// Columns of a packed panel.
+template <class T>
+constexpr int kPanel = kTileVectors * kLanes<T>;
+
+// The left operand: element (i, k) is at data[i * row + k * column].
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, column;
+};
+
+// The right operand: element (k, j) is at data[(j / kPanel) * panel + k * stride + j % kPanel].
+template <class T>
+struct Right {
+  const T* data;
+  int64_t stride, panel;
+};
+
+// What a product starts from: zero, a row of biases, or what the result holds.
+enum class Start { kZero, kBias, kAccumulate };
+
+// The leading dimension of a block of `columns`: whole panels, then one more vector so that rows
+// of a power-of-two length do not all fall into the same cache sets.
+template <class T>
+FUSED_MLP_INLINE int64_t padded(int64_t columns) {
+  return round_up(columns, kPanel<T>) + 64 / static_cast<int64_t>(sizeof(T));
+}
+
+// Elements of a matrix of `rows` x `columns` packed into panels.
+template <class T>
+FUSED_MLP_INLINE int64_t packed_numel(int64_t rows, int64_t columns) {
+  return rows * round_up(columns, kPanel<T>);
+}
+
+template <class T>
+FUSED_MLP_INLINE Right<T> packed(const T* data, int64_t rows) {
+  return {data, kPanel<T>, rows * kPanel<T>};
+}
+
+// A block in plain rows of leading dimension `stride`.
+template <class T>
+FUSED_MLP_INLINE Right<T> plain(const T* data, int64_t stride) {
+  return {data, stride, kPanel<T>};
+}
+
+template <class T, int kRows, int kVectors>
+inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+                 Start start, const T* bias, bool rectify) {
+  constexpr int kWidth = kLanes<T>;
+  Vec<T> sum[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      sum[i][j] = start == Start::kZero   ? Vec<T>{}
+                  : start == Start::kBias ? load_raw(bias + j * kWidth)
+                                          : load_raw(c + i * c_stride + j * kWidth);
+    }
+  }
+  const T* a_k = a.data;
+  for (int64_t k = 0; k < depth; ++k, a_k += a.column, b += b_stride) {
+    Vec<T> right[kVectors];
+    for (int j = 0; j < kVectors; ++j) right[j] = load_raw(b + j * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> left = splat<T>(a_k[i * a.row]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      if (rectify) sum[i][j] = relu<T>(sum[i][j]);
+      store_raw(c + i * c_stride + j * kWidth, sum[i][j]);
+    }
+  }
+}
+
+template <class T, int kRows>
+FUSED_MLP_INLINE void tile_of(int rows, int vectors, int64_t depth, Left<T> a, const T* b,
+                              int64_t b_stride, T* c, int64_t c_stride, Start start, const T* bias,
+                              bool rectify) {
+  if (rows == kRows) {
+    if (vectors == 1) {
+      tile<T, kRows, 1>(depth, a, b, b_stride, c, c_stride, start, bias, rectify);
+    } else {
+      tile<T, kRows, 2>(depth, a, b, b_stride, c, c_stride, start, bias, rectify);
+    }
+  } else if constexpr (kRows > 1) {
+    tile_of<T, kRows - 1>(rows, vectors, depth, a, b, b_stride, c, c_stride, start, bias, rectify);
+  }
+}
+
+// c[rows, columns] = start + a[rows, depth] @ b[depth, columns], then max(., 0) if `rectify`.
+// Writes whole vectors: c needs `padded` rows, and bias whole panels. Defined in gemm.cpp.
+template <class T>
+void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
+              int64_t c_stride, Start start, const T* bias = nullptr, bool rectify = false);
+
+// Packs the transpose of weight[columns, rows] (leading dimension `stride`), its row j times
+// scale[j] if there is a scale: the right operand of input @ weight.T.
+template <class T, class S>
+void pack_transposed(const S* weight, int64_t stride, int64_t rows, int64_t columns, const T* scale,
+                     T* out);
+
+// Packs matrix[rows, columns] as it is: the right operand of grad @ weight.
+template <class T, class S>
+void pack(const S* matrix, int64_t stride, int64_t rows, int64_t columns, T* out);
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

@@ -1,0 +1,167 @@
+// The kernels as the ops call them: plain structs of pointers and sizes, one table of functions
+// for each instruction set. Matrices are row-major with a leading dimension in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_mlp {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A dropout layer: nothing is dropped where `seed` is null. `seed` points to two numbers.
+struct Dropout {
+  double p = 0;
+  const int64_t* seed = nullptr;
+  uint32_t stream = 0;
+
+  bool active() const { return seed != nullptr && p > 0; }
+  double scale() const { return p < 1 ? 1 / (1 - p) : 0; }
+};
+
+struct LinearReLU {
+  DType dtype;
+  int64_t rows, in_features, out_features;
+  const void* input;  // [rows, in_features]
+  int64_t input_stride;
+  const void* weight;  // [out_features, in_features]
+  int64_t weight_stride;
+  const void* bias;  // [out_features] or null
+  Dropout dropout;
+  void* output;  // [rows, out_features]; read by backward
+};
+
+struct LinearReLUBackward {
+  LinearReLU forward;
+  const void* grad_output;  // [rows, out_features]
+  void* grad_input;         // any of the three may be null
+  void* grad_weight;
+  void* grad_bias;
+};
+
+// In place on `output` (a product with the bias added): ReLU and dropout.
+struct ReLUDropout {
+  DType dtype;
+  int64_t rows, columns;
+  void* output;
+  Dropout dropout;
+};
+
+// grad = grad_output / (1 - p) where output > 0, else 0; bias gets its column sums unless null.
+struct ReLUDropoutBackward {
+  DType dtype;
+  int64_t rows, columns;
+  const void* output;
+  const void* grad_output;
+  double scale;
+  void* grad;
+  void* grad_bias;
+};
+
+// One value a channel, of the input's dtype or float32; null stands for `none`.
+struct ChannelVector {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+// Input as [batches, channels, length], length 1 for a 2-D input. mean and rstd are written, in the
+// compute type (double for float64, else float).
+struct BatchNormLeakyReLU {
+  DType dtype;
+  int64_t batches, channels, length;
+  const void* input;
+  ChannelVector running_mean, running_var, weight, bias;
+  int64_t* num_batches_tracked;
+  bool training;
+  double momentum, eps, negative_slope;
+  void* output;
+  void* mean;
+  void* rstd;
+};
+
+// Reads the forward's mean, rstd, weight and bias; output and running statistics are not used.
+struct BatchNormLeakyReLUBackward {
+  BatchNormLeakyReLU forward;
+  const void* grad_output;
+  void* grad_input;  // any of the three may be null
+  ChannelVector grad_weight, grad_bias;
+};
+
+// Input as [outer, count, inner]: each of outer x inner groups has `count` values, `inner` apart.
+struct Normalize {
+  DType dtype;
+  int64_t outer, count, inner;
+  const void* input;
+  double correction, eps;
+  void* output;
+  void* mean;  // [outer, inner], in the compute type
+  void* std;
+};
+
+// Reads the forward's mean and std.
+struct NormalizeBackward {
+  Normalize forward;
+  const void* grad_output;
+  void* grad_input;
+};
+
+constexpr int kMaxLayers = 32;
+
+// widths[0] input features, widths[l + 1] output features of Linear l; `layers` Linears. The batch
+// norm stands behind Linear layers - 2.
+struct ResearchNet {
+  DType dtype;
+  int64_t rows;
+  int layers;
+  int64_t widths[kMaxLayers + 1];
+  const void* input;
+  int64_t input_stride;
+  const void* weights[kMaxLayers];  // contiguous
+  const void* biases[kMaxLayers];
+  Dropout dropout[kMaxLayers];
+  ChannelVector bn_weight, bn_bias, running_mean, running_var;
+  int64_t* num_batches_tracked;
+  bool training;
+  double momentum, eps, negative_slope;
+  void* output;
+  void* saved;  // laid out by Shape in network.h
+};
+
+struct ResearchNetBackward {
+  ResearchNet forward;
+  const void* grad_output;
+  void* grad_input;  // any may be null
+  void* grad_weights[kMaxLayers];
+  void* grad_biases[kMaxLayers];
+  ChannelVector grad_bn_weight, grad_bn_bias;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*linear_relu)(const LinearReLU&);
+  void (*linear_relu_backward)(const LinearReLUBackward&);
+  void (*relu_dropout)(const ReLUDropout&);
+  void (*relu_dropout_backward)(const ReLUDropoutBackward&);
+  void (*batch_norm_leaky_relu)(const BatchNormLeakyReLU&);
+  void (*batch_norm_leaky_relu_backward)(const BatchNormLeakyReLUBackward&);
+  void (*normalize)(const Normalize&);
+  void (*normalize_backward)(const NormalizeBackward&);
+  int64_t (*research_net_saved_numel)(const ResearchNet&);
+  void (*research_net)(const ResearchNet&);
+  void (*research_net_backward)(const ResearchNetBackward&);
+};
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+#if defined(FUSED_MLP_HAS_AVX2)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+#endif
+#if defined(FUSED_MLP_HAS_AVX512)
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+}  // namespace fused_mlp

@@ -1,0 +1,157 @@
+// Mean and sum of squared deviations, exact to the last bits of the compute type.
+//
+// A block that lies in the cache is read twice, for its mean and for the deviations from it; blocks
+// are merged in double by the formula of Chan, Golub & LeVeque (1979), in a fixed order. So data at
+// 1e4 +- 1e-2 loses nothing, and every run gives the same bits.
+#pragma once
+
+#include "cpu/kernels/chunks.h"
+#include "cpu/kernels/rows.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+
+  FUSED_MLP_INLINE void merge(double other_count, double other_mean, double other_m2) {
+    if (other_count == 0) return;
+    const double total = count + other_count, delta = other_mean - mean;
+    mean += delta * (other_count / total);
+    m2 += other_m2 + delta * delta * (count * other_count / total);
+    count = total;
+  }
+};
+
+// Values of a span read at a time: 16 kB of floats, half of an L1 cache.
+constexpr int64_t kSpan = 4096;
+
+// Adds `count` values in a row.
+template <class S>
+inline void add_span(const S* x, int64_t count, Moments& moments) {
+  using T = Compute<S>;
+  constexpr int64_t kStep = 4 * kLanes<T>;  // four sums hide the latency of an addition
+  for (; count > 0; x += kSpan, count -= kSpan) {
+    const int64_t n = smaller(count, kSpan);
+    Vec<T> sum[4] = {};
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) {
+      for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kLanes<T>);
+    }
+    for_vectors<T>(n - i, [&](int64_t c, int width) { sum[0] += load_up_to(x + i + c, width); });
+    const T mean = sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(n);
+    Vec<T> square[4] = {}, rest[4] = {};
+    for (i = 0; i + kStep <= n; i += kStep) {
+      for (int j = 0; j < 4; ++j) {
+        const Vec<T> d = load(x + i + j * kLanes<T>) - mean;
+        square[j] += d * d;
+        rest[j] += d;
+      }
+    }
+    for_vectors<T>(n - i, [&](int64_t c, int width) {
+      const Vec<T> d =
+          (width == kLanes<T> ? load(x + i + c) : load_some(x + i + c, width, mean)) - mean;
+      square[0] += d * d;
+      rest[0] += d;
+    });
+    // The mean was rounded; the deviations from it say by how much.
+    const double slip = sum_lanes<T>((rest[0] + rest[1]) + (rest[2] + rest[3]));
+    const double m2 = sum_lanes<T>((square[0] + square[1]) + (square[2] + square[3]));
+    moments.merge(static_cast<double>(n), mean + slip / static_cast<double>(n),
+                  m2 - slip * slip / static_cast<double>(n));
+  }
+}
+
+// Merges the columns of a block of `rows` rows into means and m2s that stand for `count` rows.
+template <class S>
+inline void add_block(const S* x, int64_t stride, int64_t rows, int64_t columns, double count,
+                      double* mean, double* m2) {
+  using T = Compute<S>;
+  const T inverse = T(1) / static_cast<T>(rows);
+  const double total = count + static_cast<double>(rows);
+  const double weight = static_cast<double>(rows) / total;
+  const double cross = count * weight;
+  for_vectors<T>(columns, [&](int64_t c, int width) {
+    Vec<T> sum = {};
+    for (int64_t row = 0; row < rows; ++row) sum += load_up_to(x + row * stride + c, width);
+    const Vec<T> centre = sum * inverse;
+    Vec<T> square = {}, rest = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      const Vec<T> d = load_up_to(x + row * stride + c, width) - centre;
+      square += d * d;
+      rest += d;
+    }
+    for (int lane = 0; lane < width; ++lane) {
+      const double slip = static_cast<double>(rest[lane]) / static_cast<double>(rows);
+      const double delta = static_cast<double>(centre[lane]) + slip - mean[c + lane];
+      mean[c + lane] += delta * weight;
+      m2[c + lane] += static_cast<double>(square[lane]) - slip * slip * static_cast<double>(rows) +
+                      delta * delta * cross;
+    }
+  });
+}
+
+// A matrix of few columns read as one of whole vectors: `fold` rows make one wide row, and what is
+// left over makes a last, shorter one. Column c of the wide matrix is channel c % channels.
+struct Folded {
+  int64_t channels, rows, columns, tail;
+
+  template <class T>
+  static Folded of(int64_t rows, int64_t channels) {
+    int64_t fold = 1;
+    if (channels % kLanes<T> != 0) {
+      fold = kLanes<T>;
+      while (channels * fold < 64) fold *= 2;
+    }
+    return {channels, rows / fold, channels * fold, rows % fold * channels};
+  }
+
+  // Rows of the wide matrix, the shorter one included.
+  int64_t all_rows() const { return rows + (tail > 0); }
+  int64_t width(int64_t row) const { return row < rows ? columns : tail; }
+};
+
+// One value a channel, repeated over the columns of the wide matrix.
+template <class T>
+inline void repeat(const T* from, const Folded& shape, T* to) {
+  for (int64_t c = 0; c < shape.columns; ++c) to[c] = from[c % shape.channels];
+}
+
+// Mean and m2 of every channel of x[rows, channels], contiguous.
+template <class S>
+inline void column_moments(const S* x, int64_t rows, int64_t channels, double* mean, double* m2) {
+  const Folded shape = Folded::of<Compute<S>>(rows, channels);
+  const int64_t chunks = chunk_count(shape.rows, shape.columns * kPassCost);
+  const int64_t room = 2 * shape.columns;
+  // Rows of a block: 16 kB of floats, but at least 8 so that merging stays a small part.
+  const int64_t block_rows = larger(8, smaller(kBlockRows, kSpan / larger(1, shape.columns)));
+  Arena arena(Scratch::kPartial, Arena::bytes<double>(chunks * room));
+  double* partial = arena.take<double>(chunks * room);
+  for_chunks(shape.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    double* chunk_mean = partial + chunk * room;
+    double* chunk_m2 = chunk_mean + shape.columns;
+    for (int64_t i = 0; i < room; ++i) chunk_mean[i] = 0;
+    for (int64_t row = begin; row < end; row += block_rows) {
+      add_block(x + row * shape.columns, shape.columns, smaller(block_rows, end - row),
+                shape.columns, static_cast<double>(row - begin), chunk_mean, chunk_m2);
+    }
+  });
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    Moments total;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double count = static_cast<double>(chunk_begin(shape.rows, chunks, chunk + 1) -
+                                               chunk_begin(shape.rows, chunks, chunk));
+      const double* chunk_mean = partial + chunk * room;
+      for (int64_t c = channel; c < shape.columns; c += channels) {
+        total.merge(count, chunk_mean[c], chunk_mean[shape.columns + c]);
+      }
+    }
+    const S* tail = x + shape.rows * shape.columns;
+    for (int64_t c = channel; c < shape.tail; c += channels) {
+      total.merge(1, static_cast<double>(widen(tail[c])), 0);
+    }
+    mean[channel] = total.mean;
+    m2[channel] = total.m2;
+  }
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

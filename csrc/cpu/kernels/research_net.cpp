@@ -1,0 +1,178 @@
+// The whole network, a block of rows at a time: a block walks through all layers while it lies in
+// the cache. Evaluation is one pass over the rows. Training is two, split where the batch norm
+// needs the statistics of all rows; what it saw is kept, everything narrow is computed again.
+
+#include "cpu/kernels/moments.h"
+#include "cpu/kernels/network.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+namespace {
+
+template <class S>
+void walk_hidden(const Shape<Compute<S>>& shape, const Forward<Compute<S>>& net,
+                 Left<Compute<S>> in, int64_t first, int64_t rows, Block<S>& block) {
+  using T = Compute<S>;
+  const ResearchNet& op = shape.op;
+  for (int l = 0; l < shape.hidden; ++l) {
+    const int64_t width = op.widths[l + 1], stride = padded<T>(width);
+    net.multiply_layer(op, l, rows, block.before(op, l, in), block.hidden[l], stride, true);
+    if (op.dropout[l].active()) {
+      draw_mask(op.dropout[l], first, rows, width, block.mask);
+      apply_mask<T>(block.mask, static_cast<T>(op.dropout[l].scale()), rows, width, block.hidden[l],
+                    stride);
+    }
+    if (!op.training) continue;
+    if (!shape.recomputed(l)) {
+      copy_out(block.hidden[l], stride, rows, width, shape.activation(l, first), width);
+    } else if (op.dropout[l].active()) {
+      std::memcpy(shape.mask(l, first), block.mask, static_cast<size_t>(rows * mask_bytes(width)));
+    }
+  }
+}
+
+template <class T>
+void leaky_rows(int64_t rows, int64_t columns, Vec<T> slope, T* block, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row, block += stride) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      store_raw(block + c, leaky_relu<T>(load_raw(block + c), slope));
+    }
+  }
+}
+
+// The last layer, from a block of activations to the rows of the result.
+template <class S>
+void write_output(const Shape<Compute<S>>& shape, const Forward<Compute<S>>& net, int64_t first,
+                  int64_t rows, const Compute<S>* hidden, Compute<S>* block) {
+  using T = Compute<S>;
+  const int64_t stride = padded<T>(shape.out);
+  net.multiply_layer(shape.op, shape.op.layers - 1, rows, {hidden, padded<T>(shape.channels), 1},
+                     block, stride, false);
+  copy_out(block, stride, rows, shape.out, static_cast<S*>(shape.op.output) + first * shape.out,
+           shape.out);
+}
+
+template <class T>
+Affine<T> take_affine(Arena& arena, int64_t room) {
+  const auto take = [&] { return arena.take<T>(room); };
+  return {take(), take(), take()};
+}
+
+// The statistics are constants here, so the batch norm goes into the weights of the layer before.
+template <class S>
+void evaluate(const ResearchNet& op) {
+  using T = Compute<S>;
+  const Shape<T> shape(op);
+  const int64_t room = round_up(shape.channels, kPanel<T>);
+  Arena arena(Scratch::kCall, Forward<T>::bytes(op) + 3 * Arena::bytes<T>(room));
+  const Affine<T> affine = take_affine<T>(arena, room);
+  running_statistics<T>(op, shape.channels, shape.mean(), shape.rstd());
+  make_affine<T>(shape.mean(), shape.rstd(), op.bn_weight, op.bn_bias, shape.channels, room,
+                 affine);
+  Forward<T> net;
+  net.template pack<S>(op, 0, op.layers, &affine, arena);
+  const Vec<T> slope = splat(static_cast<T>(op.negative_slope));
+  for_row_blocks(op.rows, shape.work, [&](int64_t first, int64_t rows) {
+    Arena own(Scratch::kTask, Block<S>::bytes(op, rows) + 2 * Arena::bytes<T>(rows * shape.widest));
+    Block<S> block(op, rows, own);
+    T* z = own.take<T>(rows * shape.widest);
+    T* result = own.take<T>(rows * shape.widest);
+    const Left<T> in = block.input_rows(op, first, rows);
+    walk_hidden<S>(shape, net, in, first, rows, block);
+    const int64_t stride = padded<T>(shape.channels);
+    net.multiply_layer(op, op.layers - 2, rows, block.before(op, op.layers - 2, in), z, stride,
+                       false);
+    leaky_rows<T>(rows, shape.channels, slope, z, stride);
+    write_output<S>(shape, net, first, rows, z, result);
+  });
+}
+
+template <class S>
+void train(const ResearchNet& op) {
+  using T = Compute<S>;
+  const Shape<T> shape(op);
+  const int64_t channels = shape.channels, room = round_up(channels, kPanel<T>);
+  const int64_t chunks = chunk_count(op.rows, shape.work);
+  Arena arena(Scratch::kCall, Forward<T>::bytes(op) + 3 * Arena::bytes<T>(room) +
+                                  Arena::bytes<double>(chunks * 2 * channels));
+  const Affine<T> affine = take_affine<T>(arena, room);
+  double* moments = arena.take<double>(chunks * 2 * channels);
+  Forward<T> net;
+  net.template pack<S>(op, 0, op.layers, nullptr, arena);
+
+  for_chunks(op.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    double* mean = moments + chunk * 2 * channels;
+    for (int64_t c = 0; c < 2 * channels; ++c) mean[c] = 0;
+    const int64_t most = smaller(kBlockRows, end - begin);
+    Arena own(Scratch::kTask, Block<S>::bytes(op, most) + Arena::bytes<T>(most * shape.widest));
+    Block<S> block(op, most, own);
+    T* z = own.take<T>(most * shape.widest);
+    const int64_t stride = padded<T>(channels);
+    for (int64_t first = begin; first < end; first += kBlockRows) {
+      const int64_t rows = smaller(kBlockRows, end - first);
+      const Left<T> in = block.input_rows(op, first, rows);
+      walk_hidden<S>(shape, net, in, first, rows, block);
+      net.multiply_layer(op, op.layers - 2, rows, block.before(op, op.layers - 2, in), z, stride,
+                         false);
+      add_block(z, stride, rows, channels, static_cast<double>(first - begin), mean,
+                mean + channels);
+      copy_out(z, stride, rows, channels, shape.z(first), channels);
+    }
+  });
+
+  // Chunks in order into the first one.
+  for (int64_t c = 0; c < channels; ++c) {
+    Moments total;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double* mean = moments + chunk * 2 * channels;
+      const int64_t count =
+          chunk_begin(op.rows, chunks, chunk + 1) - chunk_begin(op.rows, chunks, chunk);
+      total.merge(static_cast<double>(count), mean[c], mean[channels + c]);
+    }
+    moments[c] = total.mean;
+    moments[channels + c] = total.m2;
+  }
+  finish_statistics<T>(op, channels, static_cast<double>(op.rows), moments, moments + channels,
+                       shape.mean(), shape.rstd());
+  make_affine<T>(shape.mean(), shape.rstd(), op.bn_weight, op.bn_bias, channels, room, affine);
+
+  const Vec<T> slope = splat(static_cast<T>(op.negative_slope));
+  for_row_blocks(op.rows, channels * shape.out, [&](int64_t first, int64_t rows) {
+    Arena own(Scratch::kTask, 2 * Arena::bytes<T>(rows * shape.widest));
+    T* hidden = own.take<T>(rows * shape.widest);
+    T* result = own.take<T>(rows * shape.widest);
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* z = shape.z(first + row);
+      T* to = hidden + row * padded<T>(channels);
+      for_vectors<T>(channels, [&](int64_t c, int width) {
+        const Vec<T> u =
+            (load_up_to(z + c, width) - load_raw(affine.mean + c)) * load_raw(affine.scale + c) +
+            load_raw(affine.shift + c);
+        store_raw(to + c, leaky_relu<T>(u, slope));
+      });
+    }
+    write_output<S>(shape, net, first, rows, hidden, result);
+  });
+}
+
+template <class S>
+void forward(const ResearchNet& op) {
+  if (op.training) {
+    train<S>(op);
+  } else {
+    evaluate<S>(op);
+  }
+}
+
+}  // namespace
+
+int64_t research_net_saved_numel(const ResearchNet& op) {
+  int64_t numel = 0;
+  dispatch(op.dtype,
+           [&](auto element) { numel = Shape<Compute<decltype(element)>>(op).saved_numel; });
+  return numel;
+}
+void research_net(const ResearchNet& op) {
+  dispatch(op.dtype, [&](auto element) { forward<decltype(element)>(op); });
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

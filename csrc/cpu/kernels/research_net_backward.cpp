@@ -1,0 +1,285 @@
+// Backward of the whole network: a pass for the sums the batch norm needs of all rows, a pass for
+// everything below it. Evaluation's statistics are constants, so there both are one pass.
+
+#include "cpu/kernels/moments.h"
+#include "cpu/kernels/network.h"
+#include "cpu/kernels/weight_grad.h"
+
+#include <new>
+
+namespace fused_mlp::FUSED_MLP_ISA {
+namespace {
+
+// One call: what all tasks share.
+template <class S>
+struct Backward {
+  using T = Compute<S>;
+  const ResearchNetBackward& op;
+  const ResearchNet& net;
+  Shape<T> shape;
+  Forward<T> forward;               // the layers that are computed again
+  const T* transposed[kMaxLayers];  // packed weights of grad @ weight
+  Affine<T> affine;
+  T *k2, *k3;
+  Vec<T> slope;
+
+  explicit Backward(const ResearchNetBackward& call)
+      : op(call),
+        net(call.forward),
+        shape(call.forward),
+        slope(splat(static_cast<T>(call.forward.negative_slope))) {}
+
+  // The layers computed again: in training none or the first, in evaluation all up to the norm.
+  int recomputed_layers() const {
+    if (!net.training) return net.layers - 1;
+    return shape.hidden > 0 && shape.recomputed(0) ? 1 : 0;
+  }
+};
+
+template <class S>
+struct Task {
+  using T = Compute<S>;
+  Block<S> block;
+  T *z, *hidden, *grad_out, *grad, *grad_next;
+
+  static size_t bytes(const Backward<S>& call, int64_t rows) {
+    return Block<S>::bytes(call.net, rows) + 5 * Arena::bytes<T>(rows * call.shape.widest);
+  }
+  Task(const Backward<S>& call, int64_t rows, Arena& arena) : block(call.net, rows, arena) {
+    const auto take = [&] { return arena.take<T>(rows * call.shape.widest); };
+    z = take();
+    hidden = take();
+    grad_out = take();
+    grad = take();
+    grad_next = take();
+  }
+};
+
+// The block's inputs of every layer up to the batch norm, read back or computed again.
+template <class S>
+void restore_hidden(const Backward<S>& call, int64_t first, int64_t rows, Task<S>& task) {
+  using T = Compute<S>;
+  const ResearchNet& net = call.net;
+  Left<T> in = task.block.copied_input(net, first, rows);
+  for (int l = 0; l < call.shape.hidden; ++l) {
+    const int64_t width = net.widths[l + 1], stride = padded<T>(width);
+    T* hidden = task.block.hidden[l];
+    if (!call.shape.recomputed(l)) {
+      copy_in(call.shape.activation(l, first), width, rows, width, hidden, stride);
+      continue;
+    }
+    call.forward.multiply_layer(net, l, rows, task.block.before(net, l, in), hidden, stride, true);
+    if (!net.dropout[l].active()) continue;
+    if (net.training) {
+      std::memcpy(task.block.mask, call.shape.mask(l, first),
+                  static_cast<size_t>(rows * mask_bytes(width)));
+    } else {
+      draw_mask(net.dropout[l], first, rows, width, task.block.mask);
+    }
+    apply_mask<T>(task.block.mask, static_cast<T>(net.dropout[l].scale()), rows, width, hidden,
+                  stride);
+  }
+}
+
+// task.z: what the batch norm saw.
+template <class S>
+void restore_z(const Backward<S>& call, int64_t first, int64_t rows, Task<S>& task) {
+  using T = Compute<S>;
+  const int64_t channels = call.shape.channels, stride = padded<T>(channels);
+  if (call.net.training) {
+    copy_in(call.shape.z(first), channels, rows, channels, task.z, stride);
+  } else {
+    const int l = call.net.layers - 2;
+    const Left<T> in = {task.block.input, padded<T>(call.net.widths[0]), 1};
+    call.forward.multiply_layer(call.net, l, rows, task.block.before(call.net, l, in), task.z,
+                                stride, false);
+  }
+}
+
+// From the result's gradient to du, the gradient of what LeakyReLU saw, in task.grad; with `keep`
+// also LeakyReLU's output in task.hidden.
+template <class S>
+void grad_of_norm(const Backward<S>& call, int64_t first, int64_t rows, bool keep, Task<S>& task) {
+  using T = Compute<S>;
+  const int64_t out = call.shape.out, channels = call.shape.channels;
+  const int64_t out_stride = padded<T>(out), stride = padded<T>(channels);
+  copy_in(static_cast<const S*>(call.op.grad_output) + first * out, out, rows, out, task.grad_out,
+          out_stride);
+  multiply<T>(rows, channels, out, {task.grad_out, out_stride, 1},
+              packed(call.transposed[call.net.layers - 1], out), task.grad, stride, Start::kZero);
+  const Affine<T>& affine = call.affine;
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* z = task.z + row * stride;
+    T* grad = task.grad + row * stride;
+    T* hidden = task.hidden + row * stride;
+    for (int64_t c = 0; c < channels; c += kLanes<T>) {
+      const Vec<T> u = (load_raw(z + c) - load_raw(affine.mean + c)) * load_raw(affine.scale + c) +
+                       load_raw(affine.shift + c);
+      const Vec<T> g = load_raw(grad + c);
+      store_raw(grad + c, select<T>(u > Vec<T>{}, g, g * call.slope));
+      if (keep) store_raw(hidden + c, leaky_relu<T>(u, call.slope));
+    }
+  }
+}
+
+// sum += du, sum_x += du * (z - mean), for the columns of a block.
+template <class S>
+void add_norm_sums(const Backward<S>& call, int64_t rows, const Task<S>& task, double* sum,
+                   double* sum_x) {
+  using T = Compute<S>;
+  const int64_t channels = call.shape.channels, stride = padded<T>(channels);
+  for (int64_t c = 0; c < channels; c += kLanes<T>) {
+    Vec<T> du = {}, du_x = {};
+    const Vec<T> mean = load_raw(call.affine.mean + c);
+    for (int64_t row = 0; row < rows; ++row) {
+      const Vec<T> g = load_raw(task.grad + row * stride + c);
+      du += g;
+      du_x += g * (load_raw(task.z + row * stride + c) - mean);
+    }
+    for (int64_t lane = 0; lane < smaller(kLanes<T>, channels - c); ++lane) {
+      sum[c + lane] += static_cast<double>(du[lane]);
+      sum_x[c + lane] += static_cast<double>(du_x[lane]);
+    }
+  }
+}
+
+// The rest of a block: through the batch norm and down all layers before it.
+template <class S>
+void grad_below_norm(const Backward<S>& call, const WeightGrad<Compute<S>>* weight_grads,
+                     Compute<S>* const* sums, int64_t first, int64_t rows, Task<S>& task) {
+  using T = Compute<S>;
+  const ResearchNet& net = call.net;
+  const int64_t channels = call.shape.channels;
+  for (int64_t row = 0; row < rows; ++row) {
+    T* grad = task.grad + row * padded<T>(channels);
+    const T* z = task.z + row * padded<T>(channels);
+    for (int64_t c = 0; c < channels; c += kLanes<T>) {
+      const Vec<T> centred = load_raw(z + c) - load_raw(call.affine.mean + c);
+      store_raw(grad + c, load_raw(grad + c) * load_raw(call.affine.scale + c) -
+                              load_raw(call.k2 + c) - centred * load_raw(call.k3 + c));
+    }
+  }
+  const Left<T> in = {task.block.input, padded<T>(net.widths[0]), 1};
+  for (int l = net.layers - 2; l >= 0; --l) {
+    const int64_t width = net.widths[l + 1], below = net.widths[l];
+    const Left<T> before = task.block.before(net, l, in);
+    weight_grads[l].add(rows, task.grad, padded<T>(width), before.data, before.row, sums[l]);
+    if (l == 0 && call.op.grad_input == nullptr) return;
+    const int64_t stride = padded<T>(below);
+    multiply<T>(rows, below, width, {task.grad, padded<T>(width), 1},
+                packed(call.transposed[l], width), task.grad_next, stride, Start::kZero);
+    T* swapped = task.grad;
+    task.grad = task.grad_next;
+    task.grad_next = swapped;
+    if (l == 0) break;
+    const Vec<T> scale =
+        splat(static_cast<T>(net.dropout[l - 1].active() ? net.dropout[l - 1].scale() : 1.0));
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* hidden = before.data + row * stride;
+      T* grad = task.grad + row * stride;
+      for (int64_t c = 0; c < below; c += kLanes<T>) {
+        store_raw(grad + c, select<T>(load_raw(hidden + c) <= Vec<T>{}, Vec<T>{},
+                                      load_raw(grad + c) * scale));
+      }
+    }
+  }
+  copy_out(task.grad, padded<T>(net.widths[0]), rows, net.widths[0],
+           static_cast<S*>(call.op.grad_input) + first * net.widths[0], net.widths[0]);
+}
+
+template <class S>
+void backward(const ResearchNetBackward& op) {
+  using T = Compute<S>;
+  Backward<S> call(op);
+  const ResearchNet& net = op.forward;
+  const int64_t channels = call.shape.channels, room = round_up(channels, kPanel<T>);
+  const int64_t chunks = chunk_count(net.rows, 2 * call.shape.work);
+  const int last = net.layers - 1;
+
+  alignas(WeightGrad<T>) char storage[kMaxLayers * sizeof(WeightGrad<T>)];
+  WeightGrad<T>* weight_grads = reinterpret_cast<WeightGrad<T>*>(storage);
+  int64_t offsets[kMaxLayers + 1] = {0};
+  size_t bytes = Forward<T>::bytes(net);
+  for (int l = 0; l <= last; ++l) {
+    new (weight_grads + l) WeightGrad<T>(net.widths[l], net.widths[l + 1], op.grad_weights[l]);
+    offsets[l + 1] = offsets[l] + weight_grads[l].numel();
+    bytes += Arena::bytes<T>(packed_numel<T>(net.widths[l + 1], net.widths[l]));
+  }
+  bytes += 5 * Arena::bytes<T>(room) + Arena::bytes<double>(chunks * 2 * channels) +
+           Arena::bytes<T>(chunks * offsets[last + 1] + kPanel<T>);
+  Arena arena(Scratch::kCall, bytes);
+  const auto take = [&] { return arena.take<T>(room); };
+  call.affine = {take(), take(), take()};
+  call.k2 = take();
+  call.k3 = take();
+  double* norm_sums = arena.take<double>(chunks * 2 * channels);
+  T* partial = arena.take<T>(chunks * offsets[last + 1] + kPanel<T>);
+  const T* rstd = call.shape.rstd();
+  make_affine<T>(call.shape.mean(), rstd, net.bn_weight, net.bn_bias, channels, room, call.affine);
+  call.forward.template pack<S>(net, 0, call.recomputed_layers(), nullptr, arena);
+  for (int l = op.grad_input ? 0 : 1; l <= last; ++l) {
+    T* packed_weight = arena.take<T>(packed_numel<T>(net.widths[l + 1], net.widths[l]));
+    pack<T>(static_cast<const S*>(net.weights[l]), net.widths[l], net.widths[l + 1], net.widths[l],
+            packed_weight);
+    call.transposed[l] = packed_weight;
+  }
+  for (int64_t c = 0; c < room; ++c) call.k2[c] = call.k3[c] = 0;
+  // Partial sums of layer l: chunks of weight_grads[l].numel() elements, one behind the other.
+  const auto partial_of = [&](int l, int64_t chunk) {
+    return partial + chunks * offsets[l] + chunk * weight_grads[l].numel();
+  };
+
+  const auto pass = [&](bool above, bool below) {
+    for_chunks(net.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      const int64_t most = smaller(kBlockRows, end - begin);
+      Arena own(Scratch::kTask, Task<S>::bytes(call, most));
+      Task<S> task(call, most, own);
+      double* sums = norm_sums + chunk * 2 * channels;
+      T* layer_sums[kMaxLayers];
+      for (int l = 0; l <= last; ++l) layer_sums[l] = partial_of(l, chunk);
+      for (int64_t c = 0; above && c < 2 * channels; ++c) sums[c] = 0;
+      if (above) weight_grads[last].clear(layer_sums[last]);
+      for (int l = 0; below && l < last; ++l) weight_grads[l].clear(layer_sums[l]);
+      for (int64_t first = begin; first < end; first += kBlockRows) {
+        const int64_t rows = smaller(kBlockRows, end - first);
+        if (below) restore_hidden<S>(call, first, rows, task);
+        restore_z<S>(call, first, rows, task);
+        grad_of_norm<S>(call, first, rows, above, task);
+        if (above) {
+          weight_grads[last].add(rows, task.grad_out, padded<T>(call.shape.out), task.hidden,
+                                 padded<T>(channels), layer_sums[last]);
+          add_norm_sums<S>(call, rows, task, sums, sums + channels);
+        }
+        if (below) grad_below_norm<S>(call, weight_grads, layer_sums, first, rows, task);
+      }
+    });
+  };
+
+  if (net.training) {
+    pass(true, false);
+  } else {
+    pass(true, true);
+  }
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    for (int64_t c = 0; c < 2 * channels; ++c) norm_sums[c] += norm_sums[chunk * 2 * channels + c];
+  }
+  double* sum_x = norm_sums + channels;
+  input_grad_coefficients<T>(net.training, channels, static_cast<double>(net.rows), norm_sums,
+                             sum_x, rstd, call.affine.scale, call.k2, call.k3);
+  for (int64_t c = 0; c < channels; ++c) sum_x[c] *= static_cast<double>(rstd[c]);
+  write_channels(sum_x, channels, op.grad_bn_weight);
+  write_channels(norm_sums, channels, op.grad_bn_bias);
+  if (net.training) pass(false, true);
+  for (int l = 0; l <= last; ++l) {
+    weight_grads[l].template merge<S>(partial_of(l, 0), chunks, static_cast<S*>(op.grad_weights[l]),
+                                      static_cast<S*>(op.grad_biases[l]));
+  }
+}
+
+}  // namespace
+
+void research_net_backward(const ResearchNetBackward& op) {
+  dispatch(op.forward.dtype, [&](auto element) { backward<decltype(element)>(op); });
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

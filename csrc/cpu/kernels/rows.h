@@ -1,0 +1,99 @@
+// Passes over the rows of a block: copies with conversion, dropout, the ReLU gate.
+#pragma once
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/vec.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+// Calls body(S{}) with the element type of `dtype`.
+template <class Body>
+FUSED_MLP_INLINE void dispatch(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat64:
+      return body(double{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
+}
+
+// Calls body(column, width) over the vectors of a row; width is kLanes<T> but for a last shorter
+// one.
+template <class T, class Body>
+FUSED_MLP_INLINE void for_vectors(int64_t columns, const Body& body) {
+  int64_t column = 0;
+  for (; column + kLanes<T> <= columns; column += kLanes<T>) body(column, kLanes<T>);
+  if (column < columns) body(column, static_cast<int>(columns - column));
+}
+
+template <class S>
+FUSED_MLP_INLINE Vec<Compute<S>> load_up_to(const S* p, int width) {
+  return width == kLanes<Compute<S>> ? load(p) : load_some(p, width);
+}
+
+template <class S>
+FUSED_MLP_INLINE void store_up_to(S* p, Vec<Compute<S>> v, int width) {
+  if (width == kLanes<Compute<S>>) {
+    store(p, v);
+  } else {
+    store_some(p, v, width);
+  }
+}
+
+// Into a padded block of the compute type; the last vector of a row is filled up with zeros.
+template <class S>
+inline void copy_in(const S* from, int64_t from_stride, int64_t rows, int64_t columns,
+                    Compute<S>* to, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
+    for_vectors<Compute<S>>(
+        columns, [&](int64_t c, int width) { store_raw(to + c, load_up_to(from + c, width)); });
+  }
+}
+
+template <class S>
+inline void copy_out(const Compute<S>* from, int64_t from_stride, int64_t rows, int64_t columns,
+                     S* to, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
+    for_vectors<Compute<S>>(
+        columns, [&](int64_t c, int width) { store_up_to(to + c, load_raw(from + c), width); });
+  }
+}
+
+// The elements of a channel vector in the compute type, padded with `none`; all `none` for null.
+template <class T>
+inline void copy_channels(ChannelVector vector, int64_t channels, int64_t room, T none, T* to) {
+  for (int64_t c = 0; c < room; ++c) to[c] = none;
+  if (vector.data == nullptr) return;
+  dispatch(vector.dtype, [&](auto element) {
+    using S = decltype(element);
+    const S* from = static_cast<const S*>(vector.data);
+    for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(widen(from[c]));
+  });
+}
+
+template <class T>
+inline void write_channels(const T* from, int64_t channels, ChannelVector vector) {
+  if (vector.data == nullptr) return;
+  dispatch(vector.dtype, [&](auto element) {
+    using S = decltype(element);
+    S* to = static_cast<S*>(vector.data);
+    for (int64_t c = 0; c < channels; ++c) to[c] = narrow<S>(static_cast<Compute<S>>(from[c]));
+  });
+}
+
+// sums[c] += the column sums of a block whose rows are padded to whole vectors.
+template <class T>
+inline void add_column_sums(const T* block, int64_t stride, int64_t rows, int64_t columns,
+                            T* sums) {
+  for (int64_t c = 0; c < columns; c += kLanes<T>) {
+    Vec<T> sum = load_raw(sums + c);
+    for (int64_t row = 0; row < rows; ++row) sum += load_raw(block + row * stride + c);
+    store_raw(sums + c, sum);
+  }
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

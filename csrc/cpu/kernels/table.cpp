@@ -1,0 +1,37 @@
+// The table of this instruction set's kernels.
+
+#include "cpu/kernels/kernels.h"
+
+#define FUSED_MLP_STRING_(name) #name
+#define FUSED_MLP_STRING(name) FUSED_MLP_STRING_(name)
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+void linear_relu(const LinearReLU&);
+void linear_relu_backward(const LinearReLUBackward&);
+void relu_dropout(const ReLUDropout&);
+void relu_dropout_backward(const ReLUDropoutBackward&);
+void batch_norm_leaky_relu(const BatchNormLeakyReLU&);
+void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward&);
+void normalize(const Normalize&);
+void normalize_backward(const NormalizeBackward&);
+int64_t research_net_saved_numel(const ResearchNet&);
+void research_net(const ResearchNet&);
+void research_net_backward(const ResearchNetBackward&);
+
+extern const Kernels kKernels = {
+    .isa = FUSED_MLP_STRING(FUSED_MLP_ISA),
+    .linear_relu = linear_relu,
+    .linear_relu_backward = linear_relu_backward,
+    .relu_dropout = relu_dropout,
+    .relu_dropout_backward = relu_dropout_backward,
+    .batch_norm_leaky_relu = batch_norm_leaky_relu,
+    .batch_norm_leaky_relu_backward = batch_norm_leaky_relu_backward,
+    .normalize = normalize,
+    .normalize_backward = normalize_backward,
+    .research_net_saved_numel = research_net_saved_numel,
+    .research_net = research_net,
+    .research_net_backward = research_net_backward,
+};
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

@@ -1,0 +1,73 @@
+// The gradient of a Linear's weight and bias, summed over blocks of rows in private partial sums.
+#pragma once
+
+#include "cpu/kernels/chunks.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/rows.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+// A partial sum holds the weight's gradient, as it is or transposed, and then the bias's.
+template <class T>
+class WeightGrad {
+ public:
+  WeightGrad(int64_t in_features, int64_t out_features, bool weight_wanted = true)
+      : in_(in_features),
+        out_(out_features),
+        weight_wanted_(weight_wanted),
+        // Whole vectors along the side that wastes fewer lanes: 10 -> 64 is stored as [10, 64].
+        transposed_(in_features * round_up(out_features, kLanes<T>) <
+                    out_features * round_up(in_features, kLanes<T>)),
+        rows_(transposed_ ? in_ : out_),
+        stride_(round_up(transposed_ ? out_ : in_, kPanel<T>)) {}
+
+  int64_t numel() const { return rows_ * stride_ + round_up(out_, kPanel<T>); }
+
+  void clear(T* sums) const { std::memset(sums, 0, static_cast<size_t>(numel()) * sizeof(T)); }
+
+  // sums += grad.T @ input and the column sums of grad; both blocks have padded rows.
+  void add(int64_t rows, const T* grad, int64_t grad_stride, const T* input, int64_t input_stride,
+           T* sums) const {
+    add_column_sums(grad, grad_stride, rows, out_, sums + rows_ * stride_);
+    if (!weight_wanted_) return;
+    if (transposed_) {
+      multiply<T>(in_, out_, rows, {input, 1, input_stride}, plain(grad, grad_stride), sums,
+                  stride_, Start::kAccumulate);
+    } else {
+      multiply<T>(out_, in_, rows, {grad, 1, grad_stride}, plain(input, input_stride), sums,
+                  stride_, Start::kAccumulate);
+    }
+  }
+
+  // Adds the partial sums in order and writes them out; either target may be null.
+  template <class S>
+  void merge(T* partial, int64_t chunks, S* grad_weight, S* grad_bias) const {
+    const int64_t size = numel();
+    parallel_for(size / kPanel<T>, kThreadWork / kPassCost, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * kPanel<T>; i < end * kPanel<T>; i += kLanes<T>) {
+        Vec<T> sum = load_raw(partial + i);
+        for (int64_t chunk = 1; chunk < chunks; ++chunk)
+          sum += load_raw(partial + chunk * size + i);
+        store_raw(partial + i, sum);
+      }
+    });
+    if (grad_bias) copy_out(partial + rows_ * stride_, stride_, 1, out_, grad_bias, out_);
+    if (grad_weight == nullptr) return;
+    if (transposed_) {
+      for (int64_t row = 0; row < out_; ++row) {
+        for (int64_t c = 0; c < in_; ++c) {
+          grad_weight[row * in_ + c] = narrow<S>(partial[c * stride_ + row]);
+        }
+      }
+    } else {
+      copy_out(partial, stride_, out_, in_, grad_weight, in_);
+    }
+  }
+
+ private:
+  int64_t in_, out_;
+  bool weight_wanted_, transposed_;
+  int64_t rows_, stride_;
+};
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

@@ -1,0 +1,15 @@
+// Registers the CPU kernels with torch. The schemas are defined in fused_mlp/ops/schemas.py, so
+// that the ops exist without this library.
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fused_mlp_kernels, CPU, m) {
+  m.impl("normalize", TORCH_BOX(&fused_mlp::normalize));
+  m.impl("normalize_backward", TORCH_BOX(&fused_mlp::normalize_backward));
+  m.impl("linear_relu", TORCH_BOX(&fused_mlp::linear_relu));
+  m.impl("linear_relu_backward", TORCH_BOX(&fused_mlp::linear_relu_backward));
+  m.impl("batch_norm_leaky_relu", TORCH_BOX(&fused_mlp::batch_norm_leaky_relu));
+  m.impl("batch_norm_leaky_relu_backward", TORCH_BOX(&fused_mlp::batch_norm_leaky_relu_backward));
+  m.impl("research_net", TORCH_BOX(&fused_mlp::research_net));
+  m.impl("research_net_backward", TORCH_BOX(&fused_mlp::research_net_backward));
+}

@@ -1,0 +1,53 @@
+// The ops of the CPU: their schemas stand in fused_mlp/ops/schemas.py.
+#pragma once
+
+#include <tuple>
+
+#include "cpu/tensors.h"
+
+namespace fused_mlp {
+
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input,
+                                             std::optional<std::vector<int64_t>> dim,
+                                             double correction, double eps);
+
+Tensor normalize_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
+                          const Tensor& std, std::optional<std::vector<int64_t>> dim,
+                          double correction, double eps);
+
+Tensor linear_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   double dropout_p, const std::optional<Tensor>& seed);
+
+std::vector<Tensor> linear_relu_backward(const Tensor& grad_output, const Tensor& input,
+                                         const Tensor& weight, const Tensor& output,
+                                         double dropout_p, std::vector<bool> output_mask);
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(
+    const Tensor& input, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+    std::optional<Tensor> num_batches_tracked, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, bool training, double momentum, double eps,
+    double negative_slope);
+
+std::vector<Tensor> batch_norm_leaky_relu_backward(const Tensor& grad_output, const Tensor& input,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& bias,
+                                                   const Tensor& mean, const Tensor& rstd,
+                                                   bool training, double negative_slope,
+                                                   std::vector<bool> output_mask);
+
+std::tuple<Tensor, Tensor> research_net(
+    const Tensor& input, std::vector<Tensor> weights, std::vector<Tensor> biases,
+    const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
+    std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+    std::optional<Tensor> num_batches_tracked, bool training, std::vector<double> dropout_p,
+    const std::optional<Tensor>& seed, double momentum, double eps, double negative_slope);
+
+std::vector<Tensor> research_net_backward(const Tensor& grad_output, const Tensor& input,
+                                          std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                          const std::optional<Tensor>& bn_weight,
+                                          const std::optional<Tensor>& bn_bias, const Tensor& saved,
+                                          bool training, std::vector<double> dropout_p,
+                                          const std::optional<Tensor>& seed, double negative_slope,
+                                          std::vector<bool> output_mask);
+
+}  // namespace fused_mlp

@@ -1,0 +1,47 @@
+#include "cpu/parallel.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace fused_mlp {
+
+void parallel_for_impl(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                       void* context) {
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+namespace {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+struct Buffer {
+  std::unique_ptr<void, Free> memory;
+  size_t size = 0;
+};
+
+}  // namespace
+
+void* scratch(Scratch use, size_t bytes) {
+  thread_local Buffer buffers[3];
+  Buffer& buffer = buffers[static_cast<int>(use)];
+  // A quarter more than asked, so that a growing batch does not allocate at every step.
+  if (bytes > buffer.size) {
+    const size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    buffer.memory.reset();
+    buffer.size = 0;
+    buffer.memory.reset(std::aligned_alloc(64, size));
+    if (!buffer.memory) throw std::bad_alloc();
+    buffer.size = size;
+  }
+  return buffer.memory.get();
+}
+
+}  // namespace fused_mlp

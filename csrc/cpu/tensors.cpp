@@ -1,0 +1,100 @@
+#include "cpu/tensors.h"
+
+namespace fused_mlp {
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "fused_mlp: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType accumulate_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor new_empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+std::optional<Tensor> as_contiguous_or_none(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return as_contiguous(*tensor);
+}
+
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  StableIValue stack[3] = {from(input), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+  return as_contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+Tensor permute(const Tensor& tensor, const std::vector<int64_t>& dims) {
+  using torch::stable::detail::from;
+  StableIValue stack[2] = {from(tensor), from(dims)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::permute", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+const void* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+ChannelVector channels_of(const std::optional<Tensor>& tensor, int64_t channels, const char* name) {
+  if (!tensor) return {};
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == channels &&
+                      (channels <= 1 || tensor->stride(0) == 1),
+                  "fused_mlp: ", name, " must be a contiguous CPU vector of ", channels,
+                  " elements");
+  return {const_cast<void*>(tensor->const_data_ptr()), dtype_of(*tensor)};
+}
+
+Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream) {
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "fused_mlp: dropout_p must be between 0 and 1, but got ", p);
+  if (!seed) return {};
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 2 &&
+                      seed->is_contiguous(),
+                  "fused_mlp: seed must be a contiguous int64 CPU tensor of 2 elements");
+  return {p, seed->const_data_ptr<int64_t>(), stream};
+}
+
+int64_t* counter_of(const std::optional<Tensor>& num_batches_tracked) {
+  if (!num_batches_tracked) return nullptr;
+  STD_TORCH_CHECK(num_batches_tracked->is_cpu() &&
+                      num_batches_tracked->scalar_type() == ScalarType::Long &&
+                      num_batches_tracked->numel() == 1,
+                  "fused_mlp: num_batches_tracked must be one int64 number on the CPU");
+  return num_batches_tracked->mutable_data_ptr<int64_t>();
+}
+
+}  // namespace fused_mlp

@@ -1,0 +1,55 @@
+// From torch's tensors to the plain structs of the kernels.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels/kernels.h"
+
+namespace fused_mlp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The kernels of the instruction set chosen for this machine (isa.cpp).
+const Kernels& kernels();
+
+// The kernels' name of a dtype; raises for one they do not take.
+DType dtype_of(const Tensor& tensor);
+
+// float64 for float64, float32 for the others: the dtype of sums and statistics.
+ScalarType accumulate_type(const Tensor& tensor);
+
+// An uninitialized contiguous CPU tensor. Straight to the allocator: the dispatcher's empty costs
+// 0.4 us more.
+Tensor new_empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype);
+
+// The sizes of a tensor, as a copy.
+std::vector<int64_t> sizes_of(const Tensor& tensor);
+
+// The tensor itself, or a contiguous copy.
+Tensor as_contiguous(const Tensor& tensor);
+
+std::optional<Tensor> as_contiguous_or_none(const std::optional<Tensor>& tensor);
+
+// Torch's own ops, through its dispatcher.
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
+Tensor permute(const Tensor& tensor, const std::vector<int64_t>& dims);
+
+// The elements of a tensor on the CPU, or null for an optional that is empty.
+const void* data_of(const std::optional<Tensor>& tensor);
+
+// One value a channel: a contiguous vector of `channels` elements; raises for another.
+ChannelVector channels_of(const std::optional<Tensor>& tensor, int64_t channels, const char* name);
+
+// A dropout layer from an op's arguments.
+Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream);
+
+// The address of the counter, or null.
+int64_t* counter_of(const std::optional<Tensor>& num_batches_tracked);
+
+}  // namespace fused_mlp
