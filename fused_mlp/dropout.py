@@ -41,7 +41,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, stream: int = 0) 
     )
     words = _philox(counter, (seed[0] & _LOW32, (seed[0] >> 32) & _LOW32))
     numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return (numbers >= threshold(p)).reshape(rows, -1)[:, :columns]
+    return (numbers >= threshold(p)).reshape(rows, groups * COLUMNS_PER_COUNTER)[:, :columns]
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -37,6 +37,11 @@ def normalize(
     """
     if isinstance(dim, int):
         dim = (dim,)
+    elif dim is not None and not isinstance(dim, Sequence):
+        raise TypeError(
+            f"normalize(): argument 'dim' must be int, a sequence of int or None, not "
+            f"{type(dim).__name__}"
+        )
     if torch.compiler.is_compiling():
         return torch.ops.fused_mlp.normalize(input, dim, correction=correction, eps=eps)
     return ops.normalize(input, dim, correction=correction, eps=eps)
@@ -65,7 +70,11 @@ def linear_relu(
     Returns:
         A tensor of shape (*, out_features).
     """
-    p = dropout_p if training else 0.0
+    if training:
+        p = dropout_p
+    else:
+        ops.check_probability("linear_relu", "dropout_p", dropout_p)
+        p = 0.0
     if torch.compiler.is_compiling():
         return torch.ops.fused_mlp.linear_relu(input, weight, bias, p)
     return ops.linear_relu(input, weight, bias, p)

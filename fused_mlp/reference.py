@@ -8,6 +8,7 @@ differentiate. Functions named like a kernel have that kernel's signature (ops/s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,14 +37,33 @@ def _count(input: Tensor, dim: Sequence[int] | None) -> int:
     return count
 
 
+def _centre(x: Tensor, dims: list[int], keepdim: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean over ``dims`` and x less it.
+
+    One value of each group is taken off first: a large offset then costs no accuracy, and equal
+    values have a deviation of exactly 0.
+    """
+    if not dims:
+        return x.clone(), x - x
+    first = x.new_zeros(())
+    if x.numel():
+        first = x
+        for d in dims:
+            first = first.narrow(d, 0, 1)
+    shifted = x - first
+    mean = shifted.mean(dims, keepdim=True)
+    centred = shifted - mean
+    mean = first + mean
+    return mean if keepdim else mean.squeeze(dims), centred
+
+
 def normalize(
     input: Tensor, dim: Sequence[int] | None, correction: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = input.to(accumulate_dtype(input.dtype))
     dims = _dims(input, dim)
     keepdim = dim is not None
-    mean = x.mean(dims, keepdim=keepdim) if dims else x.clone()
-    centred = x - mean
+    mean, centred = _centre(x, dims, keepdim)
     # torch.var with the dims and a correction above the count gives inf; clamp as torch.std does.
     freedom = max(_count(input, dim) - correction, 0.0)
     squares = centred.square().sum(dims, keepdim=keepdim) if dims else centred.square()
@@ -116,12 +136,13 @@ def linear_relu_backward(
     scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
     # Zero exactly where ReLU or the mask stopped the value, so the output is all that is needed.
     grad = (grad_output * scale).masked_fill(output <= 0, 0)
-    flat = grad.reshape(-1, weight.shape[0])
+    rows = math.prod(input.shape[:-1])  # a size of -1 is ambiguous beside one of 0
+    flat = grad.reshape(rows, weight.shape[0])
     gradients = []
     if output_mask[0]:
         gradients.append(grad @ weight)
     if output_mask[1]:
-        gradients.append(flat.t() @ input.reshape(-1, weight.shape[1]))
+        gradients.append(flat.t() @ input.reshape(rows, weight.shape[1]))
     if output_mask[2]:
         gradients.append(flat.sum(0, dtype=accumulate_dtype(flat.dtype)).to(flat.dtype))
     return gradients
@@ -157,8 +178,8 @@ def batch_norm_leaky_relu(
     x = input.to(accumulate_dtype(input.dtype))
     dims = _channel_dims(input)
     if training:
-        mean = x.mean(dims)
-        var = (x - _per_channel(mean, input)).square().mean(dims)
+        mean, centred = _centre(x, dims, False)
+        var = centred.square().mean(dims)
         _update_running(
             mean, var, input, running_mean, running_var, num_batches_tracked, momentum
         )
@@ -181,6 +202,8 @@ def _update_running(
     momentum: float,
 ) -> None:
     count = input.numel() // max(input.shape[1], 1)
+    if count == 0:  # nothing to learn from; the batch is counted all the same, as torch does
+        running_mean = running_var = None
     if running_mean is not None:
         running_mean.copy_(running_mean.to(mean.dtype).lerp(mean, momentum))
     if running_var is not None:
