@@ -14,21 +14,6 @@ std::vector<bool> all_but_channels(const Tensor& x) {
   return reduced;
 }
 
-OptionalTensor contiguous_parameter(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(as_contiguous(*tensor)) : tensor;
-}
-
-// A running statistic that the kernel can update in place: itself, or a copy to be written back.
-struct Running {
-  OptionalTensor original, dense;
-  explicit Running(const OptionalTensor& tensor)
-      : original(tensor), dense(contiguous_parameter(tensor)) {}
-  void write_back() {
-    if (original && original->data_ptr() != dense->data_ptr())
-      torch::stable::copy_(*original, *dense);
-  }
-};
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(

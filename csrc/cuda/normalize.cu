@@ -10,7 +10,7 @@ namespace {
 
 std::vector<bool> reduced_dimensions(const Tensor& x,
                                      const std::optional<std::vector<int64_t>>& dim) {
-  std::vector<bool> reduced(x.dim(), !dim || dim->empty());
+  std::vector<bool> reduced(x.dim(), !dim);
   if (dim)
     for (const int64_t d : *dim) reduced[d < 0 ? d + x.dim() : d] = true;
   return reduced;

@@ -134,7 +134,7 @@ FUSED_MLP_DEVICE Transform<Acc<T>> finish_forward(const StandardizeParameters& p
       store_parameter<T>(p.running_mean, p.flags & kWideRunningMean, group,
                          fused(momentum, m.mean - mean, mean));
       store_parameter<T>(p.running_var, p.flags & kWideRunningVar, group,
-                         fused(momentum, m.m2 / (m.count - A(1)) - var, var));
+                         fused(momentum, m.m2 / (m.count > A(1) ? m.count - A(1) : A(1)) - var, var));
     }
   }
   if (writer) {

@@ -106,6 +106,21 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline OptionalTensor contiguous_parameter(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_contiguous(*tensor)) : tensor;
+}
+
+// A running statistic that the kernel can update in place: itself, or a copy to be written back.
+struct Running {
+  OptionalTensor original, dense;
+  explicit Running(const OptionalTensor& tensor)
+      : original(tensor), dense(contiguous_parameter(tensor)) {}
+  void write_back() {
+    if (original && original->data_ptr() != dense->data_ptr())
+      torch::stable::copy_(*original, *dense);
+  }
+};
+
 inline const void* data(const OptionalTensor& tensor) {
   return tensor ? tensor->data_ptr() : nullptr;
 }

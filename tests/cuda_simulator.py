@@ -1,0 +1,203 @@
+"""Runs the CUDA backend without a GPU: its host code on CPU tensors, its kernels' PTX in ptxsim.
+
+The library hands every launch to a hook (csrc/cuda/launch.h), so what runs here has the grid,
+block, shared memory and arguments of production. A launch names the memory it may touch; reads
+and writes outside of it, shared-memory races and reads of unwritten memory raise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ptxsim
+from ptxsim import nvcc
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+KERNEL_FILES = ("standardize.cu", "gemm.cu", "network.cu")
+FLAGS = ("-O3", "-std=c++20", f"-I{ROOT / 'csrc'}")
+READ, WRITE, READ_WRITE = range(3)
+
+
+class Extent(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("use", ctypes.c_int64)]
+
+
+class Launch(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint32),
+        ("parameter_bytes", ctypes.c_uint32),
+        ("parameters", ctypes.c_void_p),
+        ("extents", ctypes.POINTER(Extent)),
+        ("extent_count", ctypes.c_int64),
+    ]
+
+
+class Device(ctypes.Structure):
+    _fields_ = [
+        ("multiprocessors", ctypes.c_int32),
+        ("shared_bytes_per_block", ctypes.c_int32),
+        ("shared_bytes_per_multiprocessor", ctypes.c_int32),
+        ("capability", ctypes.c_int32),
+    ]
+
+
+Hook = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch))
+
+
+@dataclass
+class Record:
+    """One launch that ran: its shape and, if asked for, what it did."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared_bytes: int
+    extent_bytes: tuple[tuple[int, int], ...]  # (use, bytes) of each extent
+    stats: Any = None
+
+
+def ptx_cache() -> Path:
+    return Path(os.environ.get("FUSED_MLP_TEST_CACHE", Path(tempfile.gettempdir()) / "fused_mlp_ptx"))
+
+
+def compile_ptx(name: str, arch: int) -> str:
+    """The PTX of one file of csrc/cuda, kept between runs by the contents of all of csrc."""
+    digest = hashlib.sha256(repr((name, arch, FLAGS)).encode())
+    for path in sorted(SOURCES.glob("*.cuh")) + sorted(SOURCES.glob("*.h")) + [
+        SOURCES / name,
+        ROOT / "csrc" / "common" / "philox.h",
+    ]:
+        digest.update(path.read_bytes())
+    kept = ptx_cache() / f"{name}-{arch}-{digest.hexdigest()[:16]}.ptx"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        command = [nvcc.find(), "-ptx", f"-arch=sm_{arch}", *FLAGS, str(SOURCES / name)]
+        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}{done.stdout}")
+        partial.replace(kept)
+    return kept.read_text()
+
+
+def single_kernel(text: str, kernel: str) -> str:
+    """The PTX of a module cut down to one kernel (and what is not a kernel), which parses faster."""
+    head, *parts = text.split("\n\t// .globl\t")
+    shared = [line for part in parts for line in part.split("\n") if line.startswith(".extern")]
+    kept = [part for part in parts if part.split("\n", 1)[0].strip() == kernel]
+    return "\n".join([head, *shared, *("\t// .globl\t" + part for part in kept)])
+
+
+@dataclass
+class Simulator:
+    """A simulated GPU that the loaded library launches on. Use :meth:`running`."""
+
+    library: ctypes.CDLL
+    arch: int = 80
+    multiprocessors: int = 4
+    shared_bytes_per_block: int = 99 * 1024
+    check: bool = True
+    stats: bool = False
+    shuffle: int | None = None
+    records: list[Record] = field(default_factory=list)
+    error: BaseException | None = None
+    _modules: dict[Any, Any] = field(default_factory=dict)
+
+    def module(self, kernel: str) -> Any:
+        key = (kernel, self.arch, self.check, self.shuffle)
+        if key not in self._modules:
+            for name in KERNEL_FILES:
+                if not (SOURCES / name).exists():
+                    continue
+                text = compile_ptx(name, self.arch)
+                if f".entry {kernel}(" in text:
+                    break
+            else:
+                raise LookupError(f"no kernel {kernel}")
+            self._modules[key] = ptxsim.Module(
+                single_kernel(text, kernel),
+                check_races=self.check,
+                check_uninit=self.check,
+                shuffle=self.shuffle,
+                keep_alignment=True,
+            )
+        return self._modules[key]
+
+    def run(self, launch: Launch) -> None:
+        kernel = launch.kernel.decode()
+        raw = ctypes.string_at(launch.parameters, launch.parameter_bytes)
+        arrays, uses = [], []
+        for k in range(launch.extent_count):
+            extent = launch.extents[k]
+            uses.append((extent.use, extent.bytes))
+            if not extent.data or not extent.bytes:
+                continue
+            memory = (ctypes.c_uint8 * extent.bytes).from_address(extent.data)
+            array = np.frombuffer(memory, np.uint8)
+            if extent.use == READ:
+                before = array.copy()
+                arrays.append(array)
+                array.flags.writeable = True
+                del before
+            else:
+                array.flags.writeable = True
+                arrays.append(ptxsim.Undef(array) if extent.use == WRITE else array)
+        grid, block = tuple(launch.grid), tuple(launch.block)
+        stats = self.module(kernel).launch(
+            kernel,
+            grid,
+            block,
+            [ptxsim.Struct(raw, arrays)],
+            shared_bytes=launch.shared_bytes,
+            stats=self.stats,
+        )
+        self.records.append(
+            Record(kernel, grid, block, launch.shared_bytes, tuple(uses), stats)
+        )
+
+    @contextmanager
+    def running(self, key: str = "CPU") -> Iterator[Simulator]:
+        """Within, the raw ops on tensors of `key` run on this simulator."""
+
+        def hook(launch: Any) -> int:
+            try:
+                self.run(launch.contents)
+            except BaseException as error:  # must not cross the C++ frames
+                self.error = error
+                return 1
+            return 0
+
+        callback = Hook(hook)
+        device = Device(
+            self.multiprocessors,
+            self.shared_bytes_per_block,
+            self.shared_bytes_per_block + 1024,
+            self.arch,
+        )
+        self.library.fused_mlp_cuda_register.restype = ctypes.c_void_p
+        self.library.fused_mlp_cuda_unregister.argtypes = [ctypes.c_void_p]
+        self.library.fused_mlp_cuda_set_launch_hook(callback, ctypes.byref(device))
+        handle = self.library.fused_mlp_cuda_register(key.encode())
+        try:
+            yield self
+        except RuntimeError:
+            if self.error is not None:
+                raise self.error from None
+            raise
+        finally:
+            self.library.fused_mlp_cuda_unregister(handle)
+            self.library.fused_mlp_cuda_set_launch_hook(None, None)
