@@ -121,7 +121,7 @@ template <class S>
 void column_sums(const S* x, const S* grad, const Folded& shape, const Affine<Compute<S>>& affine,
                  Vec<Compute<S>> slope, double* sum, double* sum_x) {
   using T = Compute<S>;
-  const int64_t chunks = chunk_count(shape.all_rows(), shape.columns * 2 * kPassCost);
+  const int64_t chunks = chunk_count(shape.all_rows(), shape.columns * 2 * kPassCost, kLeastRows);
   const int64_t columns = round_up(shape.columns, kLanes<T>);
   Arena arena(Scratch::kPartial,
               chunks * (Arena::bytes<double>(2 * columns) + Arena::bytes<T>(2 * columns)));

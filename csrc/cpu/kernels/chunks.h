@@ -17,11 +17,16 @@ constexpr int64_t kThreadWork = int64_t{1} << 18;
 // One element of a pass over memory costs about as much as this many multiply-adds.
 constexpr int64_t kPassCost = 16;
 constexpr int64_t kMaxChunks = 16;
+// Fewest rows of a chunk that sums a value a column, and of one that sums a weight's gradient:
+// clearing and merging the latter costs as much as the products of about 8 rows.
+constexpr int64_t kLeastRows = 4;
+constexpr int64_t kLeastGradRows = 32;
 
-// Chunks for `rows` rows of `work` multiply-adds each: a power of two, so two threads share evenly.
-FUSED_MLP_INLINE int64_t chunk_count(int64_t rows, int64_t work) {
+// Chunks for `rows` rows of `work` multiply-adds each: a power of two, so two threads share evenly,
+// of at least `least` rows, so that merging their sums stays a small part.
+FUSED_MLP_INLINE int64_t chunk_count(int64_t rows, int64_t work, int64_t least) {
   int64_t chunks = 1;
-  while (chunks < kMaxChunks && rows >= 4 * chunks &&
+  while (chunks < kMaxChunks && rows >= 2 * chunks * least &&
          static_cast<double>(rows) * static_cast<double>(work) >= 2.0 * chunks * kThreadWork) {
     chunks *= 2;
   }

@@ -1,5 +1,9 @@
 #include "cpu/kernels/gemm.h"
 
+#include <utility>
+
+#include "cpu/kernels/rows.h"
+
 namespace fused_mlp::FUSED_MLP_ISA {
 
 template <class T>
@@ -21,20 +25,50 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> 
   }
 }
 
+namespace {
+
+// Interleaves the lower (or upper) halves of a and b, lane by lane.
+template <bool kUpper, class T, int... kLane>
+FUSED_MLP_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
+  constexpr int kFrom = kUpper ? kLanes<T> / 2 : 0;
+  const Vec<Bits<T>> order = {(kFrom + kLane / 2 + (kLane % 2) * kLanes<T>)...};
+  return __builtin_shuffle(a, b, order);
+}
+
+// Transposes a square of kLanes vectors: log2(kLanes) rounds of interleaving rows half a square
+// apart.
+template <class T>
+FUSED_MLP_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+  for (int round = 1; round < kLanes<T>; round *= 2) {
+    Vec<T> next[kLanes<T>];
+    for (int i = 0; i < kLanes<T> / 2; ++i) {
+      next[2 * i] = interleave<false, T>(rows[i], rows[i + kLanes<T> / 2], Lanes{});
+      next[2 * i + 1] = interleave<true, T>(rows[i], rows[i + kLanes<T> / 2], Lanes{});
+    }
+    for (int i = 0; i < kLanes<T>; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace
+
 template <class T, class S>
 void pack_transposed(const S* weight, int64_t stride, int64_t rows, int64_t columns, const T* scale,
                      T* out) {
-  for (int64_t first = 0; first < columns; first += kPanel<T>) {
-    const int64_t width = smaller(kPanel<T>, columns - first);
-    T* panel = out + first * rows;
-    for (int64_t j = 0; j < width; ++j) {
-      const S* source = weight + (first + j) * stride;
-      const T factor = scale ? scale[first + j] : T(1);
-      for (int64_t k = 0; k < rows; ++k) panel[k * kPanel<T> + j] = widen(source[k]) * factor;
-    }
-    for (int64_t j = width; j < kPanel<T>; ++j) {
-      for (int64_t k = 0; k < rows; ++k) panel[k * kPanel<T> + j] = 0;
-    }
+  constexpr int kWidth = kLanes<T>;
+  for (int64_t first = 0; first < round_up(columns, kPanel<T>); first += kWidth) {
+    T* panel = out + first / kPanel<T> * kPanel<T> * rows + first % kPanel<T>;
+    const int64_t width = larger(0, smaller(kWidth, columns - first));
+    const Vec<T> factor =
+        scale && width > 0 ? load_up_to(scale + first, static_cast<int>(width)) : splat(T(1));
+    for_vectors<T>(rows, [&](int64_t k, int depth) {
+      Vec<T> square[kWidth];
+      for (int j = 0; j < kWidth; ++j) {
+        square[j] = j < width ? load_up_to(weight + (first + j) * stride + k, depth) : Vec<T>{};
+      }
+      transpose<T>(square);
+      for (int i = 0; i < depth; ++i) store_raw(panel + (k + i) * kPanel<T>, square[i] * factor);
+    });
   }
 }
 
@@ -44,8 +78,9 @@ void pack(const S* matrix, int64_t stride, int64_t rows, int64_t columns, T* out
     const int64_t width = smaller(kPanel<T>, columns - first);
     for (int64_t k = 0; k < rows; ++k) {
       const S* source = matrix + k * stride + first;
-      for (int64_t j = 0; j < width; ++j) out[j] = widen(source[j]);
       for (int64_t j = width; j < kPanel<T>; ++j) out[j] = 0;
+      for_vectors<T>(
+          width, [&](int64_t j, int lanes) { store_raw(out + j, load_up_to(source + j, lanes)); });
       out += kPanel<T>;
     }
   }

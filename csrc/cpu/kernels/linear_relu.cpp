@@ -73,7 +73,7 @@ void backward(const LinearReLUBackward& op) {
   const LinearReLU& net = op.forward;
   const int64_t in = net.in_features, out = net.out_features;
   const T scale = static_cast<T>(net.dropout.scale());
-  const int64_t chunks = chunk_count(net.rows, in * out);
+  const int64_t chunks = chunk_count(net.rows, in * out, kLeastGradRows);
   const WeightGrad<T> grad(in, out, op.grad_weight != nullptr);
   Arena shared(Scratch::kCall,
                Arena::bytes<T>(packed_numel<T>(out, in)) + Arena::bytes<T>(chunks * grad.numel()));
@@ -140,7 +140,7 @@ template <class S>
 void relu_dropout_backward(const ReLUDropoutBackward& op) {
   using T = Compute<S>;
   const int64_t columns = op.columns, room = padded<T>(columns);
-  const int64_t chunks = chunk_count(op.rows, columns * kPassCost);
+  const int64_t chunks = chunk_count(op.rows, columns * kPassCost, kLeastRows);
   Arena shared(Scratch::kCall, Arena::bytes<T>(chunks * room));
   T* partial = shared.take<T>(chunks * room);
   for_chunks(op.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {

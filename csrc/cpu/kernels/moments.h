@@ -120,7 +120,7 @@ inline void repeat(const T* from, const Folded& shape, T* to) {
 template <class S>
 inline void column_moments(const S* x, int64_t rows, int64_t channels, double* mean, double* m2) {
   const Folded shape = Folded::of<Compute<S>>(rows, channels);
-  const int64_t chunks = chunk_count(shape.rows, shape.columns * kPassCost);
+  const int64_t chunks = chunk_count(shape.rows, shape.columns * kPassCost, kLeastRows);
   const int64_t room = 2 * shape.columns;
   // Rows of a block: 16 kB of floats, but at least 8 so that merging stays a small part.
   const int64_t block_rows = larger(8, smaller(kBlockRows, kSpan / larger(1, shape.columns)));

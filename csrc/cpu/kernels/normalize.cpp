@@ -14,7 +14,7 @@ double deviation(const Normalize& op, double m2) {
 template <class S>
 Moments span_moments(const S* x, int64_t count) {
   const int64_t spans = ceil_div(count, kSpan);
-  const int64_t chunks = chunk_count(spans, kSpan * kPassCost);
+  const int64_t chunks = chunk_count(spans, kSpan * kPassCost, kLeastRows);
   Moments parts[kMaxChunks];
   for_chunks(spans, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     add_span(x + begin * kSpan, smaller(end * kSpan, count) - begin * kSpan, parts[chunk]);
@@ -168,7 +168,7 @@ void backward(const NormalizeBackward& op) {
   if (norm.inner == 1 && norm.outer == 1) {
     const T mean = static_cast<const T*>(norm.mean)[0];
     const int64_t spans = ceil_div(norm.count, kSpan);
-    const int64_t chunks = chunk_count(spans, kSpan * 2 * kPassCost);
+    const int64_t chunks = chunk_count(spans, kSpan * 2 * kPassCost, kLeastRows);
     GradSums parts[kMaxChunks];
     for_chunks(spans, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
       const int64_t first = begin * kSpan;
@@ -211,7 +211,7 @@ void backward_columns(const NormalizeBackward& op, int64_t o) {
   S* dx = static_cast<S*>(op.grad_input) + offset;
   const Folded shape = Folded::of<T>(norm.count, inner);
   const int64_t room = round_up(shape.columns, kLanes<T>);
-  const int64_t chunks = chunk_count(shape.all_rows(), shape.columns * 2 * kPassCost);
+  const int64_t chunks = chunk_count(shape.all_rows(), shape.columns * 2 * kPassCost, kLeastRows);
   Arena arena(Scratch::kCall,
               4 * Arena::bytes<T>(room) +
                   chunks * (Arena::bytes<T>(2 * room) + Arena::bytes<double>(2 * room)));

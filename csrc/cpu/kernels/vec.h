@@ -192,16 +192,17 @@ FUSED_MLP_INLINE void store(S* p, Vec<Compute<S>> v) {
   }
 }
 
-// The first `count` (fewer than a vector's) elements; the other lanes are `fill`.
+// The first `count` (fewer than a vector's) elements; the other lanes are `fill`. Out of line, as is
+// store_some: inlined into every loop's tail they made the library four times as slow to compile.
 template <class S>
-FUSED_MLP_INLINE Vec<Compute<S>> load_some(const S* p, int count, Compute<S> fill = 0) {
+__attribute__((noinline)) Vec<Compute<S>> load_some(const S* p, int count, Compute<S> fill = 0) {
   Vec<Compute<S>> v = splat<Compute<S>>(fill);
   for (int i = 0; i < count; ++i) v[i] = widen(p[i]);
   return v;
 }
 
 template <class S>
-FUSED_MLP_INLINE void store_some(S* p, Vec<Compute<S>> v, int count) {
+__attribute__((noinline)) void store_some(S* p, Vec<Compute<S>> v, int count) {
   for (int i = 0; i < count; ++i) p[i] = narrow<S>(v[i]);
 }
 
