@@ -340,14 +340,17 @@ void research_net_backward(const NetShape& shape, const NetPlan& plan, NetParame
   reduce.parameters = p.parameters;
   reduce.gradient_stride = p.gradient_stride;
   reduce.blocks = plan.apply_blocks;
-  const int64_t accumulator = accumulator_size(dtype), size = size_of(dtype);
+  reduce_gradients(dtype, reduce, stream);
+}
+
+void reduce_gradients(DType dtype, const NetReduceParameters& p, cudaStream_t stream) {
   const auto target = [&](int s) -> Extent {
-    if (s >= reduce.segments || !reduce.target[s]) return {nullptr, 0, Extent::kWrite};
-    return {reduce.target[s], (reduce.begin[s + 1] - reduce.begin[s]) * size, Extent::kWrite};
+    if (s >= p.segments || !p.target[s]) return {nullptr, 0, Extent::kWrite};
+    return {p.target[s], (p.begin[s + 1] - p.begin[s]) * size_of(dtype), Extent::kWrite};
   };
   launch(kReduce[static_cast<int>(dtype)], dim3(static_cast<unsigned>((p.parameters + 31) / 32)),
-         dim3(32, net::kReduceRows), 0, stream, reduce,
-         {{p.gradients, plan.apply_blocks * p.gradient_stride * accumulator, Extent::kRead},
+         dim3(32, net::kReduceRows), 0, stream, p,
+         {{p.gradients, p.blocks * p.gradient_stride * accumulator_size(dtype), Extent::kRead},
           target(0), target(1), target(2), target(3), target(4), target(5), target(6), target(7),
           target(8), target(9), target(10), target(11), target(12), target(13), target(14),
           target(15)});

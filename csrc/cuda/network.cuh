@@ -2,73 +2,10 @@
 #pragma once
 
 #include "common/philox.h"
-#include "matmul.cuh"
 #include "network.h"
+#include "staging.cuh"
 
 namespace fused_mlp::cuda::net {
-
-// Copies rows x columns numbers from global memory into a storage matrix. Rows from `rows` to
-// all_rows and columns up to pad become zero.
-template <class M>
-FUSED_MLP_DEVICE void stage_matrix(typename M::Storage* to, int ld, const typename M::T* from,
-                                   int64_t stride, int rows, int all_rows, int columns, int pad) {
-  using T = typename M::T;
-  constexpr int V = kPackWidth<T>;
-  using S = typename M::Storage;
-  constexpr int W = kPackWidth<S>;
-  const int count = rows * columns;
-  if (columns % V == 0 && stride % V == 0 && aligned16(from)) {
-    for (int k = V * threadIdx.x; k < count; k += V * blockDim.x) {
-      const int row = k / columns, column = k - row * columns;
-      const Pack<T, V> pack = load_pack<V>(from + row * stride + column);
-#pragma unroll
-      for (int j = 0; j < V; j += W) {
-        Pack<S, W> stored;
-#pragma unroll
-        for (int r = 0; r < W; ++r) stored.at[r] = M::from(pack.at[j + r]);
-        store_pack<W>(to + M::at(row, column + j, ld), stored);
-      }
-    }
-  } else {
-    for (int k = threadIdx.x; k < count; k += blockDim.x) {
-      const int row = k / columns, column = k - row * columns;
-      to[M::at(row, column, ld)] = M::from(from[row * stride + column]);
-    }
-  }
-  const typename M::Storage zero = M::store(typename M::A(0));
-  if (pad > columns)
-    for (int k = threadIdx.x; k < all_rows * (pad - columns); k += blockDim.x) {
-      const int row = k / (pad - columns);
-      to[M::at(row, columns + k - row * (pad - columns), ld)] = zero;
-    }
-  for (int k = rows * columns + threadIdx.x; k < all_rows * columns; k += blockDim.x) {
-    const int row = k / columns;
-    to[M::at(row, k - row * columns, ld)] = zero;
-  }
-}
-
-// Copies packed numbers from shared to global memory, 16 bytes a thread where it is aligned.
-template <class M>
-FUSED_MLP_DEVICE void write_out(typename M::T* to, const typename M::A* from, int count) {
-  using T = typename M::T;
-  constexpr int V = kPackWidth<T>;
-  int done = 0;
-  if (aligned16(to)) {
-    done = count / V * V;
-    for (int k = V * threadIdx.x; k < done; k += V * blockDim.x) {
-      constexpr int W = kPackWidth<typename M::A>;
-      Pack<T, V> pack;
-#pragma unroll
-      for (int j = 0; j < V; j += W) {
-        const auto sums = load_pack<W>(from + k + j);
-#pragma unroll
-        for (int r = 0; r < W; ++r) pack.at[j + r] = narrow<T>(sums.at[r]);
-      }
-      store_pack<V>(to + k, pack);
-    }
-  }
-  for (int k = done + threadIdx.x; k < count; k += blockDim.x) to[k] = narrow<T>(from[k]);
-}
 
 // One block at work: its shared memory and what every phase needs.
 template <class M>

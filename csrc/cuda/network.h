@@ -124,6 +124,9 @@ void research_net_backward(const NetShape& shape, const NetPlan& plan, NetParame
                            NetReduceParameters reduce, DType dtype, bool measures,
                            cudaStream_t stream);
 
+// Sums sets of gradients in their order and rounds them to the parameters' type.
+void reduce_gradients(DType dtype, const NetReduceParameters& parameters, cudaStream_t stream);
+
 // The math for a dtype on a device; `tf32` allows rounding float32 operands to tf32.
 Math choose_math(DType dtype, const Device& device, bool tf32);
 

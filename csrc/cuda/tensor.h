@@ -150,6 +150,15 @@ inline Tensor permute(const Tensor& tensor, const std::vector<int64_t>& order) {
   return Tensor(handle);
 }
 
+// A contiguous tensor under another shape.
+inline Tensor new_view(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+  const std::vector<int64_t> strides = contiguous_strides(sizes);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
 // A standardisation of up to three tensors, ready to launch: x, y and, backward, g.
 struct Standardization {
   Tensor x, y;

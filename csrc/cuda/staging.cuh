@@ -1,0 +1,133 @@
+// Copies between global memory and the matrices in shared memory that matmul.cuh multiplies.
+#pragma once
+
+#include "matmul.cuh"
+
+namespace fused_mlp::cuda {
+
+// A matrix in global memory.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t stride;
+  FUSED_MLP_DEVICE bool packs(int columns) const {
+    constexpr int V = kPackWidth<T>;
+    return columns % V == 0 && stride % V == 0 && aligned16(data);
+  }
+  FUSED_MLP_DEVICE Pack<T, kPackWidth<T>> pack(int row, int column) const {
+    return load_pack<kPackWidth<T>>(data + row * stride + column);
+  }
+  FUSED_MLP_DEVICE T at(int row, int column) const { return data[row * stride + column]; }
+};
+
+// The gradient before dropout and ReLU, from the gradient after them and what they put out: zero
+// where the output is, else scaled as dropout did. A NaN that came out lets the gradient through.
+template <class T>
+struct GatedMatrix {
+  Matrix<T> gradient, output;
+  Acc<T> scale;
+  FUSED_MLP_DEVICE T gate(T g, T y) const {
+    return widen(y) <= Acc<T>(0) ? narrow<T>(Acc<T>(0)) : narrow<T>(widen(g) * scale);
+  }
+  FUSED_MLP_DEVICE bool packs(int columns) const {
+    return gradient.packs(columns) && output.packs(columns);
+  }
+  FUSED_MLP_DEVICE Pack<T, kPackWidth<T>> pack(int row, int column) const {
+    Pack<T, kPackWidth<T>> g = gradient.pack(row, column);
+    const Pack<T, kPackWidth<T>> y = output.pack(row, column);
+#pragma unroll
+    for (int j = 0; j < kPackWidth<T>; ++j) g.at[j] = gate(g.at[j], y.at[j]);
+    return g;
+  }
+  FUSED_MLP_DEVICE T at(int row, int column) const {
+    return gate(gradient.at(row, column), output.at(row, column));
+  }
+};
+
+// Fills a storage matrix with rows x columns numbers of a source in global memory. Rows from `rows`
+// to all_rows and columns up to pad become zero. A source has numbers `at(row, column)`, and
+// `pack(row, column)` of 16 bytes where `packs(columns)` says that it may be asked for them.
+template <class M, class Source>
+FUSED_MLP_DEVICE void stage(typename M::Storage* to, int ld, const Source& source, int rows,
+                            int all_rows, int columns, int pad) {
+  using T = typename M::T;
+  constexpr int V = kPackWidth<T>;
+  using S = typename M::Storage;
+  constexpr int W = kPackWidth<S>;
+  const int count = rows * columns;
+  if (source.packs(columns)) {
+    for (int k = V * threadIdx.x; k < count; k += V * blockDim.x) {
+      const int row = k / columns, column = k - row * columns;
+      const Pack<T, V> pack = source.pack(row, column);
+#pragma unroll
+      for (int j = 0; j < V; j += W) {
+        Pack<S, W> stored;
+#pragma unroll
+        for (int r = 0; r < W; ++r) stored.at[r] = M::from(pack.at[j + r]);
+        store_pack<W>(to + M::at(row, column + j, ld), stored);
+      }
+    }
+  } else {
+    for (int k = threadIdx.x; k < count; k += blockDim.x) {
+      const int row = k / columns, column = k - row * columns;
+      to[M::at(row, column, ld)] = M::from(source.at(row, column));
+    }
+  }
+  const typename M::Storage zero = M::store(typename M::A(0));
+  if (pad > columns)
+    for (int k = threadIdx.x; k < all_rows * (pad - columns); k += blockDim.x) {
+      const int row = k / (pad - columns);
+      to[M::at(row, columns + k - row * (pad - columns), ld)] = zero;
+    }
+  for (int k = rows * columns + threadIdx.x; k < all_rows * columns; k += blockDim.x) {
+    const int row = k / columns;
+    to[M::at(row, k - row * columns, ld)] = zero;
+  }
+}
+
+template <class M>
+FUSED_MLP_DEVICE void stage_matrix(typename M::Storage* to, int ld, const typename M::T* from,
+                                   int64_t stride, int rows, int all_rows, int columns, int pad) {
+  stage<M>(to, ld, Matrix<typename M::T>{from, stride}, rows, all_rows, columns, pad);
+}
+
+// 16 bytes' worth of T from sums in shared memory. Where that takes two 16-byte reads, half of the
+// threads do the second one first, so that eight neighbours never meet in a bank.
+template <class T>
+FUSED_MLP_DEVICE Pack<T, kPackWidth<T>> narrow_pack(const Acc<T>* from) {
+  constexpr int V = kPackWidth<T>, W = kPackWidth<Acc<T>>;
+  Pack<T, V> pack;
+  if constexpr (V == W) {
+    const auto sums = load_pack<W>(from);
+#pragma unroll
+    for (int r = 0; r < W; ++r) pack.at[r] = narrow<T>(sums.at[r]);
+  } else {
+    static_assert(V == 2 * W, "two reads");
+    const bool swapped = threadIdx.x & 4;
+    const auto first = load_pack<W>(from + (swapped ? W : 0));
+    const auto second = load_pack<W>(from + (swapped ? 0 : W));
+#pragma unroll
+    for (int r = 0; r < W; ++r) {
+      pack.at[r] = narrow<T>(swapped ? second.at[r] : first.at[r]);
+      pack.at[W + r] = narrow<T>(swapped ? first.at[r] : second.at[r]);
+    }
+  }
+  return pack;
+}
+
+// Copies packed numbers from shared to global memory, 16 bytes a thread where it is aligned.
+template <class M>
+FUSED_MLP_DEVICE void write_out(typename M::T* to, const typename M::A* from, int count) {
+  using T = typename M::T;
+  constexpr int V = kPackWidth<T>;
+  int done = 0;
+  if (aligned16(to)) {
+    done = count / V * V;
+    for (int k = V * threadIdx.x; k < done; k += V * blockDim.x) {
+      store_pack<V>(to + k, narrow_pack<T>(from + k));
+    }
+  }
+  for (int k = done + threadIdx.x; k < count; k += blockDim.x) to[k] = narrow<T>(from[k]);
+}
+
+}  // namespace fused_mlp::cuda
