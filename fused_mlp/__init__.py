@@ -14,7 +14,28 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from . import backends, functional, ops
 from .backends import use_backend
+from .fuse import FuseReport, fuse, unfuse
+from .modules import (
+    BatchNormLeakyReLU,
+    FusedResearchNet,
+    FusedSequential,
+    LinearReLU,
+    Normalize,
+)
 
 backends.start()
 
-__all__ = ["__version__", "functional", "ops", "use_backend"]
+__all__ = [
+    "BatchNormLeakyReLU",
+    "FuseReport",
+    "FusedResearchNet",
+    "FusedSequential",
+    "LinearReLU",
+    "Normalize",
+    "__version__",
+    "functional",
+    "fuse",
+    "ops",
+    "unfuse",
+    "use_backend",
+]

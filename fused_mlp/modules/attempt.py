@@ -1,0 +1,171 @@
+"""Try a fused op on a module's tensors; None says that the plain modules must run.
+
+Nothing here has a side effect before it is sure of the fused op: no seed is drawn, no running
+statistic touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import backends
+from ..dropout import draw_seed
+from ..ops import research_net as research_net_op
+from ..ops._common import grad_needed, mark_written
+from ..ops.batch_norm_leaky_relu import BatchNormLeakyReLUFunction
+from ..ops.batch_norm_leaky_relu import check as check_batch_norm
+from ..ops.linear_relu import LinearReLUFunction
+from ..ops.linear_relu import check as check_linear_relu
+from ..ops.research_net import check as check_research_net
+from ..ops.research_net import run as run_research_net
+from .fit import Fit
+
+_linear_relu = torch.ops.fused_mlp_kernels.linear_relu.default
+_batch_norm_leaky_relu = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default
+
+
+# One for calls without num_batches_tracked, as in evaluation, and one for calls with it.
+Fits = tuple[Fit, Fit]
+
+
+def two_fits() -> Fits:
+    """Return what an op with a batch norm remembers; the input is (N, C) or (N, C, L)."""
+    return Fit(feature_dim=1), Fit(feature_dim=1)
+
+
+# What one call of a batch norm uses: weight, bias, running_mean, running_var,
+# num_batches_tracked, whether the batch's own statistics count, momentum, eps. A plain tuple: a
+# NamedTuple takes half a microsecond to make.
+NormState = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float
+]
+
+
+def norm_state(module: dict[str, Any]) -> NormState:
+    """Work out from a batch norm's ``__dict__`` what ``nn.BatchNorm1d.forward`` would use.
+
+    Raises:
+        KeyError: where a parameter is not a plain one.
+    """
+    parameters, buffers = module["_parameters"], module["_buffers"]
+    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    num_batches_tracked = None
+    training = module["training"]
+    if not training:
+        # Without running statistics evaluation uses those of the batch.
+        training = running_mean is None and running_var is None
+    elif module["track_running_stats"]:
+        num_batches_tracked = buffers["num_batches_tracked"]
+    else:
+        running_mean = running_var = None
+    momentum = module["momentum"]
+    if momentum is None:
+        momentum = 0.0
+        if num_batches_tracked is not None:  # a cumulative average; the op counts this batch
+            momentum = 1.0 / (float(num_batches_tracked) + 1.0)
+    return (
+        parameters["weight"], parameters["bias"], running_mean, running_var, num_batches_tracked,
+        training, momentum, module["eps"],
+    )  # fmt: skip
+
+
+def linear_relu(
+    fit: Fit, input: Any, weight: Tensor | None, bias: Tensor | None, p: float
+) -> Tensor | None:
+    """Return dropout(relu(linear(input))), or None where the kernel cannot take the tensors."""
+    if forward_ad._current_level >= 0:
+        return None
+    if fit.find(input, weight, bias) is None:
+        tensors = (input, weight, bias)
+        if fit.admit(tensors, check_linear_relu, input, weight, bias, 0.0, None) is None:
+            return None
+    seed = None
+    if p:
+        if not 0.0 <= p <= 1.0:
+            return None
+        seed = draw_seed(input.device)
+    if grad_needed(input, weight, bias):
+        return LinearReLUFunction.apply(input, weight, bias, p, seed)
+    return _linear_relu(input, weight, bias, p, seed)
+
+
+def batch_norm_leaky_relu(
+    fits: Fits, input: Any, state: NormState, negative_slope: float
+) -> Tensor | None:
+    """Return leaky_relu(batch_norm(input)), or None where the kernel cannot take the tensors."""
+    if forward_ad._current_level >= 0:
+        return None
+    weight, bias, running_mean, running_var, tracked, training, momentum, eps = state
+    tensors: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
+    if tracked is not None:
+        tensors += (tracked,)
+    fit = fits[tracked is not None]
+    if fit.find(*tensors) is None and not fit.admit(
+        tensors, check_batch_norm, input, running_mean, running_var, weight, bias, training, eps,
+        tracked,
+    ):  # fmt: skip
+        return None
+    if training and input.numel() <= input.shape[1]:
+        return None
+    if grad_needed(input, weight, bias):
+        output = BatchNormLeakyReLUFunction.apply(
+            input, weight, bias, running_mean, running_var, tracked, training, momentum, eps,
+            negative_slope,
+        )  # fmt: skip
+    else:
+        output = _batch_norm_leaky_relu(
+            input, running_mean, running_var, tracked, weight, bias, training, momentum, eps,
+            negative_slope,
+        )[0]  # fmt: skip
+    if training:
+        mark_written(running_mean, running_var, tracked)
+    return output
+
+
+def research_net(
+    fits: Fits,
+    input: Any,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    state: NormState,
+    dropout_p: Sequence[float],
+    negative_slope: float,
+) -> Tensor | None:
+    """Return the whole network's output, or None where the kernel cannot take the tensors."""
+    if forward_ad._current_level >= 0:
+        return None
+    weight, bias, running_mean, running_var, tracked, training, momentum, eps = state
+    tensors: tuple[Any, ...] = (input, *weights, *biases, weight, bias, running_mean, running_var)
+    if tracked is not None:
+        tensors += (tracked,)
+    fit = fits[tracked is not None]
+    variant = fit.find(*tensors) or fit.admit(
+        tensors, check_research_net, input, weights, biases, weight, bias, running_mean,
+        running_var, training, [0.0] * len(dropout_p), None, eps, tracked,
+    )  # fmt: skip
+    if variant is None or (training and input.shape[0] < 2):
+        return None
+    seed = None
+    if any(dropout_p):
+        for p in dropout_p:
+            if not 0.0 <= p <= 1.0:
+                return None
+        seed = draw_seed(input.device)
+    backend, on_chip = variant.fits
+    if backend != backends._chosen:
+        on_chip = backends.fits(input, weights)
+        variant.fits = (backends._chosen, on_chip)
+    if not on_chip:
+        return research_net_op(
+            input, weights, biases, weight, bias, running_mean, running_var, training, dropout_p,
+            seed, momentum, eps, negative_slope, num_batches_tracked=tracked,
+        )  # fmt: skip
+    return run_research_net(
+        input, weights, biases, weight, bias, running_mean, running_var, tracked, training,
+        dropout_p, seed, momentum, eps, negative_slope,
+    )  # fmt: skip

@@ -1,0 +1,100 @@
+"""``FusedSequential``: an ``nn.Sequential`` that runs neighbouring modules in one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_compiling
+
+from . import tracing
+from .cache import CachingModule
+from .groups import Step, make_step
+from .patterns import BATCH_NORM_LEAKY_RELU, LINEAR_RELU, RESEARCH_NET, Run, find_runs
+
+
+class _Plan:
+    """How a sequence of modules runs: the steps, and the modules they were worked out for."""
+
+    __slots__ = ("kinds", "modules", "steps")
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        # A module's class changes when it is parametrized, or a lazy one gets its first input.
+        self.kinds = [*map(type, modules)]
+        self.steps: tuple[Step, ...] = tuple(make_step(run) for run in find_runs(modules))
+
+
+class FusedSequential(CachingModule, nn.Sequential):
+    """An ``nn.Sequential`` that computes runs of its children in fused ops.
+
+    Fused are Linear+ReLU, with or without Dropout; BatchNorm1d+LeakyReLU; and a whole network of
+    any number of the first, Linear+BatchNorm1d+LeakyReLU and Linear. Every other module runs as
+    itself. The children are ordinary modules and the single source of truth: options, hooks,
+    parametrizations and replaced children take effect at the next call, and whatever a fused op
+    would not compute the same way (a hooked child, autocast, ``torch.func``, forward-mode AD, a
+    tensor subclass, an input that does not fit) runs the plain modules.
+
+    Args:
+        args: modules, or one ``OrderedDict`` of them, as ``nn.Sequential`` takes them.
+    """
+
+    def forward(self, input: Any) -> Any:
+        if is_compiling():
+            return _run_traced(list(self._modules.values()), input)
+        modules = [*self._modules.values()]
+        plan = self.__dict__.get("_cache")
+        if plan is None or plan.modules != modules or plan.kinds != [*map(type, modules)]:
+            plan = _Plan(modules)
+            kinds: list[Any] = plan.kinds
+            # Stored whole, so another thread sees the old plan or the new one. A module that says
+            # for itself what it equals (a dataclass) cannot be told from one put in its place.
+            if all(kind.__eq__ is object.__eq__ for kind in kinds):
+                self.__dict__["_cache"] = plan
+        for step in plan.steps:
+            input = step(input)
+        return input
+
+
+def _run_traced(modules: list[nn.Module], input: Any) -> Any:
+    """Run modules in order under torch.compile or torch.export, fusable runs as public ops."""
+    if not tracing.ops_allowed(input):
+        for module in modules:
+            input = module(input)
+        return input
+    for run in find_runs(modules):
+        input = _trace(run, input)
+    return input
+
+
+def _trace(run: Run, input: Any) -> Any:
+    output = None
+    modules: Any = run.modules
+    if not tracing.hooked(modules):
+        if run.op == RESEARCH_NET:
+            *hidden, before_norm, norm, last = run.parts
+            linears = [part.modules[0] for part in (*hidden, before_norm, last)]
+            p = [_probability(part) for part in hidden]
+            slope: Any = norm.modules[-1].negative_slope
+            output = tracing.research_net(linears, p, norm.modules[0], slope, input)
+        elif run.op == LINEAR_RELU and len(modules) > 1:
+            output = tracing.linear_relu(modules[0], _probability(run), input)
+        elif run.op == BATCH_NORM_LEAKY_RELU and len(modules) > 1:
+            output = tracing.batch_norm_leaky_relu(modules[0], modules[1].negative_slope, input)
+    if output is not None:
+        return output
+    if run.parts:
+        for part in run.parts:
+            input = _trace(part, input)
+    else:
+        for module in modules:
+            input = module(input)
+    return input
+
+
+def _probability(run: Run) -> float:
+    """Return the dropout probability of a LINEAR_RELU run now."""
+    last: Any = run.modules[-1]
+    if not last.training or len(run.modules) == 2:
+        return 0.0
+    return float(last.p if len(run.modules) == 3 else last.dropout)

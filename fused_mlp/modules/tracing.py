@@ -1,0 +1,117 @@
+"""The fused ops on modules for torch.compile and torch.export: plain code a tracer can follow.
+
+Tracers guard on what they see read, so nothing is cached here: options and hooks are read by
+their ordinary names, and the ops are the public ones, which choose the kernel. As in ``attempt``,
+None says that the plain modules must run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as nn_module
+
+from ..ops._common import FLOATING
+
+
+def ops_allowed(input: Any) -> bool:
+    """Return whether a graph traced with this input may hold the fused ops."""
+    return (
+        isinstance(input, Tensor)
+        and input.dtype in FLOATING
+        and not torch.is_autocast_enabled(input.device.type)
+        and not torch._C._are_functorch_transforms_active()
+        # ONNX knows torch's own ops.
+        and not torch.onnx.is_in_onnx_export()
+    )
+
+
+def hooked(modules: Iterable[Any]) -> bool:
+    """Return whether hooks would run around one of the modules."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return True
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def linear_relu(linear: Any, p: float, input: Tensor) -> Tensor | None:
+    """Return dropout(relu(linear(input)))."""
+    weight, bias = linear.weight, linear.bias
+    if input.dim() == 0 or not _chained(input, weight, bias, input.shape[-1]):
+        return None
+    return torch.ops.fused_mlp.linear_relu(input, weight, bias, p)
+
+
+def batch_norm_leaky_relu(norm: Any, negative_slope: float, input: Tensor) -> Tensor | None:
+    """Return leaky_relu(norm(input))."""
+    state = _norm_state(norm)
+    if state is None or input.dim() not in (2, 3) or input.shape[1] != norm.num_features:
+        return None
+    running_mean, running_var, tracked, training = state
+    if training and input.numel() <= input.shape[1]:
+        return None
+    return torch.ops.fused_mlp.batch_norm_leaky_relu(
+        input, running_mean, running_var, norm.weight, norm.bias, training, norm.momentum or 0.0,
+        norm.eps, negative_slope, num_batches_tracked=tracked,
+    )  # fmt: skip
+
+
+def research_net(
+    linears: Sequence[Any],
+    dropout_p: Sequence[float],
+    norm: Any,
+    negative_slope: float,
+    input: Tensor,
+) -> Tensor | None:
+    """Return the output of the whole network."""
+    state = _norm_state(norm)
+    if state is None or input.dim() != 2:
+        return None
+    features = input.shape[1]
+    for linear in linears:
+        if linear.bias is None or not _chained(input, linear.weight, linear.bias, features):
+            return None
+        features = linear.weight.shape[0]
+    running_mean, running_var, tracked, training = state
+    if linears[-2].weight.shape[0] != norm.num_features or (training and input.shape[0] < 2):
+        return None
+    return torch.ops.fused_mlp.research_net(
+        input, [linear.weight for linear in linears], [linear.bias for linear in linears],
+        norm.weight, norm.bias, running_mean, running_var, training, list(dropout_p), None,
+        norm.momentum or 0.0, norm.eps, negative_slope, num_batches_tracked=tracked,
+    )  # fmt: skip
+
+
+def _chained(input: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> bool:
+    """Return whether a linear layer can take ``features`` columns of input's dtype and device."""
+    if weight.shape[1] != features or (bias is not None and bias.dtype != input.dtype):
+        return False
+    return weight.dtype == input.dtype and weight.device == input.device
+
+
+def _norm_state(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool] | None:
+    """Return running statistics, batch counter and whether the batch's own statistics count.
+
+    None where the momentum depends on the batch counter: a traced graph cannot read it.
+    """
+    running_mean, running_var = norm.running_mean, norm.running_var
+    if not norm.training:
+        return running_mean, running_var, None, running_mean is None and running_var is None
+    if not norm.track_running_stats:
+        return None, None, None, True
+    if norm.momentum is None:
+        return None
+    return running_mean, running_var, norm.num_batches_tracked, True
