@@ -1,0 +1,41 @@
+"""What the tests of every op share: an independent oracle, the accuracy rule, sample arguments."""
+
+from .accuracy import assert_as_accurate, assert_same_nonfinite, check_case
+from .cases import (
+    DTYPES,
+    EXAMPLES,
+    Case,
+    batch_norm_case,
+    example,
+    linear_case,
+    normalize_case,
+    odd_sizes,
+    odd_triples,
+    research_case,
+)
+from .environment import INTERPRETED, free_memory, needs_memory
+from .layouts import LAYOUTS, lay_out
+from .philox import keep_mask, philox4x32
+
+__all__ = [
+    "DTYPES",
+    "EXAMPLES",
+    "INTERPRETED",
+    "LAYOUTS",
+    "Case",
+    "assert_as_accurate",
+    "assert_same_nonfinite",
+    "batch_norm_case",
+    "check_case",
+    "example",
+    "free_memory",
+    "keep_mask",
+    "lay_out",
+    "linear_case",
+    "needs_memory",
+    "normalize_case",
+    "odd_sizes",
+    "odd_triples",
+    "philox4x32",
+    "research_case",
+]

@@ -1,0 +1,283 @@
+"""``torch.library.opcheck`` over every op, and the ops under torch.compile and torch.func."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+from support import EXAMPLES, INTERPRETED, example
+
+import fused_mlp.functional as FF
+from fused_mlp.ops.schemas import KERNEL_SCHEMAS, PUBLIC_SCHEMAS
+
+PUBLIC = torch.ops.fused_mlp
+RAW = torch.ops.fused_mlp_kernels
+
+
+def tensors(device: torch.device, *shapes: tuple[int, ...], dtype=torch.float32, grad=False):
+    """Return normal tensors, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(s, generator=generator).to(device, dtype).requires_grad_(grad) for s in shapes
+    ]
+
+
+def buffers(device: torch.device, channels: int) -> tuple[torch.Tensor, ...]:
+    return (
+        torch.zeros(channels, device=device),
+        torch.ones(channels, device=device),
+        torch.tensor(3, device=device),
+    )
+
+
+def network(device: torch.device, grad: bool = False):
+    x, *weights = tensors(device, (6, 4), (5, 4), (3, 5), (2, 3), grad=grad)
+    biases = tensors(device, (5,), (3,), (2,), grad=grad)
+    norm = tensors(device, (3,), (3,), grad=grad)
+    return x, weights, biases, *norm
+
+
+def public_calls(device: torch.device) -> dict:
+    """Return calls of the public ops that cover training, None and seeds."""
+    seed = torch.tensor([1, 2], device=device)
+    t = functools.partial(tensors, device, grad=True)
+    return {
+        "normalize": (PUBLIC.normalize, t((6, 4)), {}),
+        "normalize-dim": (PUBLIC.normalize, (*t((6, 4)), [0]), {"correction": 0.0, "eps": 0.1}),
+        "linear_relu": (PUBLIC.linear_relu, t((6, 4), (5, 4), (5,)), {}),
+        "linear_relu-seed": (PUBLIC.linear_relu, (*t((2, 3, 4), (5, 4)), None, 0.5, seed), {}),
+        "batch_norm_leaky_relu": (
+            PUBLIC.batch_norm_leaky_relu,
+            (*t((6, 4)), *buffers(device, 4)[:2], *t((4,), (4,)), True),
+            {"num_batches_tracked": buffers(device, 4)[2]},
+        ),
+        "batch_norm_leaky_relu-none": (
+            PUBLIC.batch_norm_leaky_relu,
+            (*t((2, 4, 3)), None, None, None, None, True),
+            {},
+        ),
+        "batch_norm_leaky_relu-eval": (
+            PUBLIC.batch_norm_leaky_relu,
+            (*t((6, 4)), *buffers(device, 4)[:2], *t((4,), (4,))),
+            {},
+        ),
+        "research_net": (
+            PUBLIC.research_net,
+            (*network(device, True), *buffers(device, 3)[:2], True, [0.5], seed),
+            {"num_batches_tracked": buffers(device, 3)[2]},
+        ),
+        "research_net-eval": (
+            PUBLIC.research_net,
+            (*network(device, True)[:3], None, None, *buffers(device, 3)[:2], False, [0.0]),
+            {},
+        ),
+    }
+
+
+def raw_calls(device: torch.device) -> dict:
+    """Return calls of the raw kernels; backward ones take what the forward ones give."""
+    seed = torch.tensor([1, 2], device=device)
+    x, weight, bias, gamma = tensors(device, (6, 4), (5, 4), (5,), (4,))
+    calls = {
+        "normalize": (RAW.normalize, (x, None, 1.0, 0.0)),
+        "normalize-dim": (RAW.normalize, (x, [0], 1.0, 1e-3)),
+        "linear_relu": (RAW.linear_relu, (x, weight, bias, 0.5, seed)),
+        "linear_relu-none": (RAW.linear_relu, (x, weight, None, 0.0, None)),
+        "batch_norm_leaky_relu": (
+            RAW.batch_norm_leaky_relu,
+            (x, *buffers(device, 4), gamma, gamma, True, 0.1, 1e-5, 0.01),
+        ),
+        "batch_norm_leaky_relu-none": (
+            RAW.batch_norm_leaky_relu,
+            (x, None, None, None, None, None, True, 0.1, 1e-5, 0.01),
+        ),
+        "batch_norm_leaky_relu-eval": (
+            RAW.batch_norm_leaky_relu,
+            (x.half(), *buffers(device, 4)[:2], None, gamma, None, False, 0.1, 1e-5, 0.01),
+        ),
+        "research_net": (
+            RAW.research_net,
+            (*network(device), *buffers(device, 3), True, [0.5], seed, 0.1, 1e-5, 0.01),
+        ),
+        "research_net-eval": (
+            RAW.research_net,
+            (
+                *network(device)[:3],
+                None,
+                None,
+                *buffers(device, 3),
+                False,
+                [0.0],
+                None,
+                0.1,
+                1e-5,
+                0.01,
+            ),
+        ),
+    }
+    _, mean, std = RAW.normalize(x, [0], 1.0, 0.0)
+    calls["normalize_backward"] = (RAW.normalize_backward, (x, x, mean, std, [0], 1.0, 0.0))
+    output = RAW.linear_relu(x, weight, bias, 0.0, None)
+    for mask in ([True, True, True], [False, True, False]):
+        calls[f"linear_relu_backward-{sum(mask)}"] = (
+            RAW.linear_relu_backward,
+            (output, x, weight, output, 0.0, mask),
+        )
+    _, mean, rstd = RAW.batch_norm_leaky_relu(
+        x, None, None, None, gamma, gamma, True, 0.1, 1e-5, 0.01
+    )
+    for mask in ([True, True, True], [True, False, False]):
+        calls[f"batch_norm_leaky_relu_backward-{sum(mask)}"] = (
+            RAW.batch_norm_leaky_relu_backward,
+            (x, x, gamma, gamma, mean, rstd, True, 0.01, mask),
+        )
+    arguments = network(device)
+    output, saved = RAW.research_net(
+        *arguments, None, None, None, True, [0.5], seed, 0.1, 1e-5, 0.01
+    )
+    for mask in ([True] * 9, [False, True, False, True, False, False, True, False, True]):
+        calls[f"research_net_backward-{sum(mask)}"] = (
+            RAW.research_net_backward,
+            (output, *arguments, saved, True, [0.5], seed, 0.01, mask),
+        )
+    return calls
+
+
+def _names(collect) -> list[str]:
+    # Only the names are wanted here; the reference computes on any machine.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return list(collect(torch.device("cpu")))
+
+
+PUBLIC_NAMES = _names(public_calls)
+RAW_NAMES = _names(raw_calls)
+
+
+def test_every_op_is_here() -> None:
+    for schemas, names in ((PUBLIC_SCHEMAS, PUBLIC_NAMES), (KERNEL_SCHEMAS, RAW_NAMES)):
+        assert set(schemas) == {name.split("-")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_public(device: torch.device, name: str) -> None:
+    op, arguments, options = public_calls(device)[name]
+    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(op.default, tuple(arguments), options, test_utils=checks)
+
+
+@pytest.mark.parametrize("name", RAW_NAMES)
+def test_raw(device: torch.device, name: str) -> None:
+    op, arguments = raw_calls(device)[name]
+    checks = ["test_schema", "test_faketensor"]
+    if name in ("batch_norm_leaky_relu", "research_net", "research_net_backward-9"):
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op.default, tuple(arguments), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_kernels_agree(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    """Fake tensors get the shapes, dtypes and strides real ones get, in forward and backward."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def run(values: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in values]
+        output = case.fused(*leaves)
+        return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    case = example(name, dtype=dtype, device=device)
+    real = run(list(case.tensors.values()))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = run([mode.from_tensor(t) for t in case.tensors.values()])
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+
+
+# -------------------------------------------------------------------------------- transforms
+
+
+def compiled_step(x, weights, biases, norm, statistics):
+    """A step with every op in it."""
+    x = FF.normalize(x, 0)
+    hidden = FF.linear_relu(x, weights[0], biases[0])
+    hidden = FF.batch_norm_leaky_relu(hidden @ weights[1].t(), *statistics, *norm, training=True)
+    whole = FF.research_net(x, weights, biases, *norm, *statistics, True)
+    return hidden.sum() + whole.square().sum()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels run eagerly all the same")
+def test_compile(device: torch.device) -> None:
+    """torch.compile(fullgraph=True) traces every op, forward and backward, buffers included."""
+    results = []
+    step = torch.compile(compiled_step, fullgraph=True, backend="aot_eager")
+    for function in (compiled_step, step):
+        x, weights, biases, *norm = network(device, grad=True)
+        statistics = buffers(device, 3)[:2]
+        loss = function(x, weights, biases, norm, statistics)
+        results.append(
+            [loss, *torch.autograd.grad(loss, [x, *weights, *biases, *norm]), *statistics]
+        )
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels run eagerly all the same")
+def test_compile_dropout(device: torch.device) -> None:
+    """A compiled call draws a new mask each time, and manual_seed decides it."""
+    step = torch.compile(
+        lambda x, w: FF.linear_relu(x, w, None, 0.5, True), fullgraph=True, backend="aot_eager"
+    )
+    x, weight = torch.ones(8, 4, device=device), torch.ones(16, 4, device=device)
+    torch.manual_seed(1)
+    first, second = step(x, weight), step(x, weight)
+    torch.manual_seed(1)
+    assert torch.equal(step(x, weight), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "name", ["normalize-dim", "linear_relu", "batch_norm-eval", "research_net-eval"]
+)
+def test_forward_mode(device: torch.device, name: str) -> None:
+    """Forward-mode AD agrees with the plain formula's."""
+    case = example(name, dtype=torch.float64, device=device)
+    values = tuple(case.tensors.values())
+    tangents = tuple(torch.randn_like(v) for v in values)
+    _, ours = torch.func.jvp(case.fused, values, tangents)
+    _, expected = torch.func.jvp(case.plain, values, tangents)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["linear_relu", "batch_norm-eval", "research_net-eval"])
+def test_per_sample_gradients(device: torch.device, name: str) -> None:
+    """vmap over grad, the per-sample gradients of torch.func."""
+    case = example(name, dtype=torch.float64, device=device)
+    x, *rest = case.tensors.values()
+
+    def loss(function, row, *parameters):
+        return function(row[None], *parameters).square().sum()
+
+    results = [
+        torch.func.vmap(
+            torch.func.grad(
+                functools.partial(loss, function), argnums=tuple(range(1, 1 + len(rest)))
+            ),
+            in_dims=(0, *[None] * len(rest)),
+        )(x, *rest)
+        for function in (case.fused, case.plain)
+    ]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["linear_relu", "batch_norm-train", "research_net-train"])
+def test_autocast(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    """Under autocast the ops take and give the dtypes the plain formula takes and gives."""
+    case = example(name, dtype=torch.float32, device=device)
+    values = list(case.tensors.values())
+    with torch.autocast(device.type, dtype=dtype):
+        ours, expected = case.fused(*values), case.plain(*values)
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected)
