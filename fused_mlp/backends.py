@@ -203,8 +203,11 @@ def _triton_module(kernel: str) -> ModuleType:
 
 
 def _register(library: Library, key: str, find: Callable[[str], Callable[..., Any]]) -> None:
-    for kernel in KERNEL_SCHEMAS:
-        library.impl(kernel, find(kernel), key, allow_override=True)
+    with warnings.catch_warnings():
+        # Torch warns of an override, which is the purpose here.
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for kernel in KERNEL_SCHEMAS:
+            library.impl(kernel, find(kernel), key, allow_override=True)
 
 
 def _install_trampoline(device: str) -> None:

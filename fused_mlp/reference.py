@@ -361,7 +361,8 @@ def research_net_backward(
     negative_slope: float,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
-    mean, rstd = saved.chunk(2)
+    channels = weights[-2].shape[0]  # other backends keep more behind these
+    mean, rstd = saved[:channels], saved[channels : 2 * channels]
     activations = _hidden_activations(input, weights, biases, dropout_p, seed)
     before_norm = F.linear(activations[-1], weights[-2], biases[-2])
     normalized = (before_norm.to(mean.dtype) - mean) * rstd

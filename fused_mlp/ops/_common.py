@@ -30,7 +30,10 @@ def use_formula(input: Tensor) -> bool:
     """
     return (
         torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        or torch.is_autocast_enabled(input.device.type)
+        or (
+            torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+            and torch.is_autocast_enabled(input.device.type)
+        )
         or (
             torch._C._is_fwd_grad_enabled()  # type: ignore[attr-defined]
             and torch.autograd.forward_ad._current_level >= 0
