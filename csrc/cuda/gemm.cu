@@ -38,7 +38,11 @@ FUSED_MLP_GEMM_KERNEL(f16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__half, fl
 #define FUSED_MLP_ELEMENT_KERNEL(suffix, T)                                          \
   extern "C" __global__ void __launch_bounds__(256) fused_mlp_relu_elements_##suffix( \
       const __grid_constant__ fused_mlp::cuda::ElementParameters p) {                \
-    fused_mlp::cuda::gemm::elements<T>(p);                                           \
+    using namespace fused_mlp::cuda;                                                 \
+    if (p.vectors)                                                                   \
+      gemm::elements<T, kPackWidth<T>>(p);                                           \
+    else                                                                             \
+      gemm::elements<T, 1>(p);                                                       \
   }
 
 FUSED_MLP_ELEMENT_KERNEL(f32, float)
@@ -136,11 +140,17 @@ void linear_relu_weight_gradient(Math math, DType dtype, GemmParameters p,
 
 namespace {
 
-void launch_elements(DType dtype, const ElementParameters& p, cudaStream_t stream) {
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+void launch_elements(DType dtype, ElementParameters p, cudaStream_t stream) {
+  const int64_t width = 16 / size_of(dtype);
+  p.vectors = p.columns % width == 0 && p.g_stride % width == 0 && aligned(p.result) &&
+              aligned(p.output) && aligned(p.g);
+  const int64_t threads = p.rows * p.columns / (p.vectors ? width : 1);
   const int64_t bytes = p.rows * p.columns * size_of(dtype);
   const bool in_place = p.result == p.output;
   launch(kElements[static_cast<int>(dtype)],
-         dim3(static_cast<unsigned>(divide_up(p.rows * divide_up(p.columns, 8), 256))), dim3(256),
+         dim3(static_cast<unsigned>(divide_up(threads, 256))), dim3(256),
          0, stream, p,
          {rows_extent(p.bias, 1, p.columns, p.columns, dtype),
           rows_extent(p.g, p.rows, p.g_stride, p.columns, dtype),

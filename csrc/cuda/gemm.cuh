@@ -204,75 +204,42 @@ struct Block {
   }
 };
 
-// A thread takes eight columns of a row: one draw of the mask.
-template <class T>
+// A thread takes V neighbouring columns of a row: a 16-byte pack, or one where rows are not whole
+// packs. Neighbours draw the same eight columns' bits again, which costs less than sharing them.
+template <class T, int V>
 FUSED_MLP_DEVICE void elements(const ElementParameters& p) {
   using A = Acc<T>;
-  constexpr int V = kPackWidth<T> < 8 ? kPackWidth<T> : 8;
-  const int groups = (p.columns + 7) / 8;
+  const int units = p.columns / V;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (k >= p.rows * groups) return;
-  const int64_t row = k / groups;
-  const int column = static_cast<int>(k - row * groups) * 8;
-  const int count = p.columns - column < 8 ? p.columns - column : 8;
-  T* to = static_cast<T*>(p.result) + row * p.columns + column;
-  const T* y = static_cast<const T*>(p.output) + row * p.columns + column;
-  const T* g = p.g ? static_cast<const T*>(p.g) + row * p.g_stride + column : nullptr;
+  if (k >= p.rows * units) return;
+  const int64_t row = k / units;
+  const int column = static_cast<int>(k - row * units) * V;
+  const int64_t at = row * p.columns + column;
   const A scale = static_cast<A>(p.scale);
-  const bool packs = p.columns % 8 == 0 && aligned16(to) && aligned16(y) &&
-                     (!g || (aligned16(g) && p.g_stride % V == 0));
-  Pack<T, 8> values = {}, gradients = {};
+  Pack<T, V> values = load_pack<V>(static_cast<const T*>(p.output) + at);
+  if (p.g) {
+    const auto g = load_pack<V>(static_cast<const T*>(p.g) + row * p.g_stride + column);
 #pragma unroll
-  for (int j = 0; j < 8; j += V) {
-    if (packs) {
-      const Pack<T, V> part = load_pack<V>(y + j);
+    for (int j = 0; j < V; ++j)
+      values.at[j] =
+          narrow<T>(widen(values.at[j]) <= A(0) ? A(0) : widen(g.at[j]) * scale);
+  } else {
+    philox::Group bits = {};
+    if (p.threshold)
+      bits = philox::draw(philox::make_stream(p.seed[0], p.seed[1], 0), row, column / 8);
 #pragma unroll
-      for (int r = 0; r < V; ++r) values.at[j + r] = part.at[r];
-      if (g) {
-        const Pack<T, V> other = load_pack<V>(g + j);
-#pragma unroll
-        for (int r = 0; r < V; ++r) gradients.at[j + r] = other.at[r];
-      }
-    } else {
-#pragma unroll
-      for (int r = 0; r < V; ++r) {
-        if (j + r >= count) continue;
-        values.at[j + r] = y[j + r];
-        if (g) gradients.at[j + r] = g[j + r];
-      }
-    }
-  }
-  philox::Group bits = {};
-  if (!g && p.threshold)
-    bits = philox::draw(philox::make_stream(p.seed[0], p.seed[1], 0), row, column / 8);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    A z = widen(values.at[j]);
-    if (g) {
-      z = z <= A(0) ? A(0) : widen(gradients.at[j]) * scale;
-    } else {
-      if (p.bias && j < count) z += widen(static_cast<const T*>(p.bias)[column + j]);
+    for (int j = 0; j < V; ++j) {
+      A z = widen(values.at[j]);
+      if (p.bias) z += widen(static_cast<const T*>(p.bias)[column + j]);
       z = z < A(0) ? A(0) : z;
-      if (p.threshold)
-        z *= philox::keep(bits, j, p.threshold) ? scale : A(0);
-      else
-        z *= scale;
-    }
-    values.at[j] = narrow<T>(z);
-  }
-#pragma unroll
-  for (int j = 0; j < 8; j += V) {
-    if (packs) {
-      Pack<T, V> part;
-#pragma unroll
-      for (int r = 0; r < V; ++r) part.at[r] = values.at[j + r];
-      store_pack<V>(to + j, part);
-    } else {
-#pragma unroll
-      for (int r = 0; r < V; ++r)
-        if (j + r < count) to[j + r] = values.at[j + r];
+      const uint32_t word = column % 8 + j;
+      const uint32_t low = word & 2 ? bits.words[1] : bits.words[0];
+      const uint32_t high = word & 2 ? bits.words[3] : bits.words[2];
+      const uint32_t number = ((word & 4 ? high : low) >> (16 * (word & 1))) & 0xFFFFu;
+      values.at[j] = narrow<T>(z * (!p.threshold || number >= p.threshold ? scale : A(0)));
     }
   }
+  store_pack<V>(static_cast<T*>(p.result) + at, values);
 }
 
 }  // namespace fused_mlp::cuda::gemm

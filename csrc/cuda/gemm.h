@@ -28,7 +28,7 @@ struct GemmParameters {
   int64_t rows, x_stride, g_stride, gradient_stride, rows_per_split;
   double scale;
   int32_t in, out;
-  int32_t threshold;
+  uint32_t threshold;
   Product product;
   int32_t splits;
   int32_t padding;
@@ -44,7 +44,9 @@ struct ElementParameters {
   int64_t rows, g_stride;
   double scale;
   int32_t columns;
-  int32_t threshold;
+  uint32_t threshold;
+  int32_t vectors;          // rows are whole 16-byte packs; filled in at launch
+  int32_t padding;
 };
 
 // The rule that chooses between our product and a library's: ours up to so many

@@ -102,7 +102,7 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, OptionalTensor bia
       p.rows = rows;
       p.columns = static_cast<int32_t>(out);
       p.scale = scale_of(probability);
-      p.threshold = static_cast<int32_t>(threshold);
+      p.threshold = threshold;
       relu_dropout(dtype, p, context.stream());
     }
     return new_view(result, sizes);
@@ -120,7 +120,7 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, OptionalTensor bia
   p.in = static_cast<int32_t>(in);
   p.out = static_cast<int32_t>(out);
   p.scale = scale_of(probability);
-  p.threshold = static_cast<int32_t>(threshold);
+  p.threshold = threshold;
   linear_relu_layer(choose_math(dtype, context.device(), allow_tf32()), dtype, p, context.stream());
   return result;
 }
