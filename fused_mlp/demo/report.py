@@ -111,7 +111,7 @@ def _note(data: Split, comparisons: Sequence[Comparison]) -> str:
         share /= sum(len(c.runs) for c in comparisons)
         error = 100 * (share * (1 - share) / rows) ** 0.5
         note += f" (standard error {error:.1f} points)"
-    return f"{note}; times are medians over the epochs of the training steps alone."
+    return f"{note}. Times are medians over epochs, of forward, loss, backward and Adam."
 
 
 def print_saved(path: Path) -> None:
