@@ -164,19 +164,36 @@ def _self_test() -> dict[str, str]:
     return results
 
 
-def _cases(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+Case = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def _cases(device: str) -> dict[str, Case]:
+    """What to run for each op on a (32, 16) tensor: ours, and the same in plain torch."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(8, 16, generator=generator).to(device)
-    bias = torch.randn(8, generator=generator).to(device)
+    weights = [torch.randn(*shape, generator=generator) for shape in ((8, 16), (6, 8), (3, 6))]
+    weights = [weight.to(device) for weight in weights]
+    biases = [torch.randn(len(weight), generator=generator).to(device) for weight in weights]
+
+    def network(x: Tensor) -> Tensor:
+        hidden = F.linear(F.relu(F.linear(x, weights[0], biases[0])), weights[1], biases[1])
+        hidden = F.leaky_relu(F.batch_norm(hidden, None, None, training=True))
+        return F.linear(hidden, weights[2], biases[2])
+
     return {
         "normalize": (functional.normalize, lambda x: (x - x.mean()) / x.std()),
         "linear_relu": (
-            lambda x: functional.linear_relu(x, weight, bias),
-            lambda x: F.relu(F.linear(x, weight, bias)),
+            lambda x: functional.linear_relu(x, weights[0], biases[0]),
+            lambda x: F.relu(F.linear(x, weights[0], biases[0])),
         ),
         "batch_norm_leaky_relu": (
             lambda x: functional.batch_norm_leaky_relu(x, None, None, training=True),
             lambda x: F.leaky_relu(F.batch_norm(x, None, None, training=True)),
+        ),
+        "research_net": (
+            lambda x: functional.research_net(
+                x, weights, biases, None, None, None, None, training=True, dropout_p=(0.0,)
+            ),
+            network,
         ),
     }
 
@@ -244,7 +261,8 @@ def render(report: Report) -> str:
     if report["problems"]:
         lines += ["BROKEN:", *(f"  {problem}" for problem in report["problems"])]
     else:
-        lines.append(f"Self test: {len(report['self_test'])} ops agree with plain torch.")
+        count = len(report["self_test"])
+        lines.append(f"Self test: {count} ops, forward and backward, agree with plain torch.")
         if advice := _advice(report):
             lines.append(advice)
     return "\n".join(lines)
