@@ -30,9 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(
     std::optional<Tensor> num_batches_tracked, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, bool training, double momentum, double eps,
     double negative_slope) {
-  const std::optional<Tensor> scale = as_contiguous_or_none(weight),
-                              shift = as_contiguous_or_none(bias);
-  BatchNormLeakyReLU op = describe(input, scale, shift, training, eps, negative_slope);
+  BatchNormLeakyReLU op = describe(input, weight, bias, training, eps, negative_slope);
   STD_TORCH_CHECK(training || (running_mean && running_var),
                   "batch_norm_leaky_relu: evaluation needs running_mean and running_var");
   op.running_mean = channels_of(running_mean, op.channels, "running_mean");
@@ -57,10 +55,8 @@ std::vector<Tensor> batch_norm_leaky_relu_backward(const Tensor& grad_output, co
                                                    const Tensor& mean, const Tensor& rstd,
                                                    bool training, double negative_slope,
                                                    std::vector<bool> output_mask) {
-  const std::optional<Tensor> scale = as_contiguous_or_none(weight),
-                              shift = as_contiguous_or_none(bias);
   BatchNormLeakyReLUBackward op{};
-  op.forward = describe(input, scale, shift, training, 0, negative_slope);
+  op.forward = describe(input, weight, bias, training, 0, negative_slope);
   BatchNormLeakyReLU& norm = op.forward;
   STD_TORCH_CHECK(output_mask.size() == 3,
                   "batch_norm_leaky_relu_backward: output_mask must have 3 flags");

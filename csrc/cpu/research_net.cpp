@@ -11,7 +11,6 @@ struct Call {
   ResearchNet net{};
   Tensor input;
   std::vector<Tensor> weights, biases;
-  std::optional<Tensor> bn_weight, bn_bias;
 };
 
 Call describe(const Tensor& input, const std::vector<Tensor>& weights,
@@ -53,10 +52,8 @@ Call describe(const Tensor& input, const std::vector<Tensor>& weights,
     }
   }
   const int64_t channels = net.widths[layers - 1];
-  call.bn_weight = as_contiguous_or_none(bn_weight);
-  call.bn_bias = as_contiguous_or_none(bn_bias);
-  net.bn_weight = channels_of(call.bn_weight, channels, "bn_weight");
-  net.bn_bias = channels_of(call.bn_bias, channels, "bn_bias");
+  net.bn_weight = channels_of(bn_weight, channels, "bn_weight");
+  net.bn_bias = channels_of(bn_bias, channels, "bn_bias");
   net.training = training;
   net.negative_slope = negative_slope;
   return call;

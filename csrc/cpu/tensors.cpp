@@ -45,11 +45,6 @@ Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-std::optional<Tensor> as_contiguous_or_none(const std::optional<Tensor>& tensor) {
-  if (!tensor) return std::nullopt;
-  return as_contiguous(*tensor);
-}
-
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   StableIValue stack[3] = {from(input), from(weight), from(bias)};
@@ -72,11 +67,9 @@ const void* data_of(const std::optional<Tensor>& tensor) {
 
 ChannelVector channels_of(const std::optional<Tensor>& tensor, int64_t channels, const char* name) {
   if (!tensor) return {};
-  STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == channels &&
-                      (channels <= 1 || tensor->stride(0) == 1),
-                  "fused_mlp: ", name, " must be a contiguous CPU vector of ", channels,
-                  " elements");
-  return {const_cast<void*>(tensor->const_data_ptr()), dtype_of(*tensor)};
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == channels,
+                  "fused_mlp: ", name, " must be a CPU vector of ", channels, " elements");
+  return {const_cast<void*>(tensor->const_data_ptr()), dtype_of(*tensor), tensor->stride(0)};
 }
 
 Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream) {

@@ -34,8 +34,6 @@ std::vector<int64_t> sizes_of(const Tensor& tensor);
 // The tensor itself, or a contiguous copy.
 Tensor as_contiguous(const Tensor& tensor);
 
-std::optional<Tensor> as_contiguous_or_none(const std::optional<Tensor>& tensor);
-
 // Torch's own ops, through its dispatcher.
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor permute(const Tensor& tensor, const std::vector<int64_t>& dims);
@@ -43,7 +41,7 @@ Tensor permute(const Tensor& tensor, const std::vector<int64_t>& dims);
 // The elements of a tensor on the CPU, or null for an optional that is empty.
 const void* data_of(const std::optional<Tensor>& tensor);
 
-// One value a channel: a contiguous vector of `channels` elements; raises for another.
+// One value a channel, of any stride; raises for a tensor of other sizes.
 ChannelVector channels_of(const std::optional<Tensor>& tensor, int64_t channels, const char* name);
 
 // A dropout layer from an op's arguments.

@@ -22,7 +22,8 @@ inline void finish_statistics(const Op& op, int64_t channels, double count, cons
                               const double* m2, T* out_mean, T* out_rstd) {
   for (int64_t c = 0; c < channels; ++c) {
     out_mean[c] = static_cast<T>(mean[c]);
-    out_rstd[c] = static_cast<T>(1 / std::sqrt(m2[c] / count + op.eps));
+    // No rows have no variance; their gradients are zeros, not NaN.
+    out_rstd[c] = static_cast<T>(1 / std::sqrt((count > 0 ? m2[c] / count : 0) + op.eps));
   }
   if (op.num_batches_tracked) *op.num_batches_tracked += 1;
   if (count == 0) return;
@@ -31,10 +32,10 @@ inline void finish_statistics(const Op& op, int64_t channels, double count, cons
     dispatch(running.dtype, [&](auto element) {
       using S = decltype(element);
       S* values = static_cast<S*>(running.data);
-      for (int64_t c = 0; c < channels; ++c) {
-        const double old = static_cast<double>(widen(values[c]));
+      for (int64_t c = 0; c < channels; ++c, values += running.stride) {
+        const double old = static_cast<double>(widen(*values));
         const double value = (1 - op.momentum) * old + op.momentum * (fresh[c] * factor);
-        values[c] = narrow<S>(static_cast<Compute<S>>(value));
+        *values = narrow<S>(static_cast<Compute<S>>(value));
       }
     });
   };

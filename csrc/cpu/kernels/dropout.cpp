@@ -57,6 +57,7 @@ FUSED_MLP_INLINE VecU64 decide(const Counters& c, VecHalves threshold) {
 void draw_mask(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t columns,
                uint8_t* mask) {
   const int64_t groups = mask_bytes(columns);
+  if (groups == 0) return;
   const uint32_t threshold = philox::threshold(dropout.p);
   if (threshold > 0xFFFFu) {
     std::memset(mask, 0, static_cast<size_t>(rows * groups));

@@ -61,6 +61,7 @@ struct ReLUDropoutBackward {
 struct ChannelVector {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
+  int64_t stride = 1;
 };
 
 // Input as [batches, channels, length], length 1 for a 2-D input. mean and rstd are written, in the

@@ -71,7 +71,7 @@ inline void copy_channels(ChannelVector vector, int64_t channels, int64_t room, 
   dispatch(vector.dtype, [&](auto element) {
     using S = decltype(element);
     const S* from = static_cast<const S*>(vector.data);
-    for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(widen(from[c]));
+    for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(widen(from[c * vector.stride]));
   });
 }
 
@@ -81,7 +81,8 @@ inline void write_channels(const T* from, int64_t channels, ChannelVector vector
   dispatch(vector.dtype, [&](auto element) {
     using S = decltype(element);
     S* to = static_cast<S*>(vector.data);
-    for (int64_t c = 0; c < channels; ++c) to[c] = narrow<S>(static_cast<Compute<S>>(from[c]));
+    for (int64_t c = 0; c < channels; ++c)
+      to[c * vector.stride] = narrow<S>(static_cast<Compute<S>>(from[c]));
   });
 }
 

@@ -192,8 +192,9 @@ FUSED_MLP_INLINE void store(S* p, Vec<Compute<S>> v) {
   }
 }
 
-// The first `count` (fewer than a vector's) elements; the other lanes are `fill`. Out of line, as is
-// store_some: inlined into every loop's tail they made the library four times as slow to compile.
+// The first `count` (fewer than a vector's) elements; the other lanes are `fill`. Out of line, as
+// is store_some: inlined into every loop's tail they made the library four times as slow to
+// compile.
 template <class S>
 __attribute__((noinline)) Vec<Compute<S>> load_some(const S* p, int count, Compute<S> fill = 0) {
   Vec<Compute<S>> v = splat<Compute<S>>(fill);
