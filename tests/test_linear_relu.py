@@ -84,9 +84,8 @@ def test_dropout(device: torch.device, dtype: torch.dtype, p: float) -> None:
     check_case(linear_case((65, 20), 33, p=p, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_offset(device: torch.device, dtype: torch.dtype) -> None:
-    case = linear_case((33, 40), 17, dtype=dtype, device=device)
+def test_large_offset(device: torch.device) -> None:
+    case = linear_case((33, 40), 17, device=device)
     x, weight, bias = case.tensors.values()
     check_case(case, [1e4 + 1e-2 * x, weight - weight.mean(1, keepdim=True), bias])
 

@@ -31,8 +31,8 @@ REFERENCE_NETWORK = (10, 64, 32, 5)
 NETWORKS = [
     REFERENCE_NETWORK,
     (3, 7, 2),
-    (1, 1, 1),
-    (1, 1, 1, 1),
+    (2, 1, 1),
+    (1, 3, 3, 1),
     (17, 33, 9, 1),
     (7, 33, 17, 65, 3),
     (64, 64, 64, 64),
@@ -54,10 +54,25 @@ def test_networks(device: torch.device, training: bool, widths: tuple[int, ...])
 @pytest.mark.parametrize("rows", odd_sizes())
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_rows(device: torch.device, dtype: torch.dtype, rows: int, training: bool) -> None:
-    if rows == 0 or (rows == 1 and training):
-        pytest.skip("see test_empty_batch and test_bad_arguments")
+    if rows == 0 or (rows <= 2 and training):
+        pytest.skip("see test_empty_batch, test_bad_arguments and test_vanishing_gradients")
     widths = (10, 17, 12, 5) if INTERPRETED else REFERENCE_NETWORK
     check_case(research_case(rows, widths, training, 0.3, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(
+    ("rows", "widths"), [(2, REFERENCE_NETWORK), (23, (1, 1, 1)), (23, (1, 1, 1, 1))], ids=str
+)
+def test_vanishing_gradients(device: torch.device, rows: int, widths: tuple[int, ...]) -> None:
+    """Batch norm of two rows, or of one input, leaves a gradient of rounding noise and eps."""
+    case = research_case(rows, widths, True, 0.3, dtype=torch.float64, device=device)
+    tensors = [t.requires_grad_() for t in case.tensors.values()]
+    results = []
+    for function in (case.fused, case.exact):
+        output = function(*tensors)
+        results.append((output, *torch.autograd.grad(output.square().sum(), tensors)))
+    torch.testing.assert_close(*results, atol=1e-9, rtol=1e-7)
+    check_case(research_case(rows, widths, False, device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
