@@ -116,7 +116,9 @@ def status() -> list[BackendStatus]:
                 "triton",
                 missing is None,
                 active == "triton",
-                missing[0] if missing else f"triton {importlib.import_module('triton').__version__}",
+                missing[0]
+                if missing
+                else f"triton {importlib.import_module('triton').__version__}",
                 missing[1] if missing else "",
             ),
             BackendStatus(device, "reference", True, active == "reference", "plain PyTorch"),
@@ -271,9 +273,7 @@ def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
 def _cuda_fits(widths: Sequence[int], input: Tensor) -> bool:
     library = ctypes.CDLL(_native("cuda").path)
     array = (ctypes.c_int64 * len(widths))(*widths)
-    return bool(
-        library.fused_mlp_research_net_fits(array, len(widths), int(input.element_size()))
-    )
+    return bool(library.fused_mlp_research_net_fits(array, len(widths), int(input.element_size())))
 
 
 def saved_numel(

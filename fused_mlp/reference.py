@@ -180,11 +180,10 @@ def batch_norm_leaky_relu(
     if training:
         mean, centred = _centre(x, dims, False)
         var = centred.square().mean(dims)
-        _update_running(
-            mean, var, input, running_mean, running_var, num_batches_tracked, momentum
-        )
+        _update_running(mean, var, input, running_mean, running_var, num_batches_tracked, momentum)
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, var = running_mean.to(x.dtype, copy=True), running_var.to(x.dtype)
     rstd = (var + eps).rsqrt()
     normalized = (x - _per_channel(mean, input)) * _per_channel(rstd, input)
@@ -228,7 +227,8 @@ def batch_norm_leaky_relu_formula(
     if training:
         mean, var = x.mean(_channel_dims(input)), x.var(_channel_dims(input), correction=0)
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
     normalized = (x - _per_channel(mean, input)) * _per_channel((var + eps).rsqrt(), input)
     affine = normalized * _affine(x, weight, 1.0, input) + _affine(x, bias, 0.0, input)

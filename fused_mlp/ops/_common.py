@@ -29,15 +29,9 @@ def use_formula(input: Tensor) -> bool:
     the dtypes of the steps it sees.
     """
     return (
-        torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        or (
-            torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
-            and torch.is_autocast_enabled(input.device.type)
-        )
-        or (
-            torch._C._is_fwd_grad_enabled()  # type: ignore[attr-defined]
-            and torch.autograd.forward_ad._current_level >= 0
-        )
+        torch._C._are_functorch_transforms_active()
+        or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type))
+        or (torch._C._is_fwd_grad_enabled() and torch.autograd.forward_ad._current_level >= 0)
     )
 
 

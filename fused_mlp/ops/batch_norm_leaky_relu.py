@@ -33,7 +33,7 @@ class BatchNormLeakyReLUFunction(torch.autograd.Function):
     """The autograd node of batch_norm_leaky_relu."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
@@ -63,7 +63,7 @@ class BatchNormLeakyReLUFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, rstd = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():

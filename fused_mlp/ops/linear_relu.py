@@ -33,7 +33,7 @@ class LinearReLUFunction(torch.autograd.Function):
     """The autograd node of linear_relu."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor,
@@ -47,7 +47,7 @@ class LinearReLUFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, output = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
         backward = reference.linear_relu_backward if torch.is_grad_enabled() else _backward

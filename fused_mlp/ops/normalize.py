@@ -28,7 +28,7 @@ class NormalizeFunction(torch.autograd.Function):
     """The autograd node of normalize: keeps the input and two statistics, never the output."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, input: Tensor, dim: list[int] | None, correction: float, eps: float
     ) -> Tensor:
         output, mean, std = _forward(input, dim, correction, eps)
@@ -37,7 +37,7 @@ class NormalizeFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, std = ctx.saved_tensors
         if torch.is_grad_enabled():
             (grad,) = differentiate_formula(
@@ -77,10 +77,11 @@ def check(
     if not eps >= 0:
         raise ValueError(f"{op}(): eps must not be negative, but got {eps}")
     rank = input.dim()
+    dims: list[int] = []
     if dim is None or len(dim) == 0:  # torch.std takes an empty tuple for every dimension
-        dims, count = None, input.numel()
+        count = input.numel()
     else:
-        dims, count = [], 1
+        count = 1
         for d in dim:
             if not isinstance(d, (int, torch.SymInt)):
                 raise TypeError(f"{op}(): argument 'dim' must hold int, not {type(d).__name__}")
@@ -94,14 +95,13 @@ def check(
             if rank:
                 dims.append(d % rank)
                 count *= input.shape[d]
-        dims = sorted(dims) or None
     if count - correction <= 0:
         warnings.warn(
             f"{op}(): degrees of freedom is <= 0: {count} values a group, correction {correction}; "
             "the standard deviation is not a number. Lower correction or give more values.",
             stacklevel=4,
         )
-    return dims
+    return sorted(dims) or None
 
 
 def _fake(

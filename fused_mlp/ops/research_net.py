@@ -44,7 +44,7 @@ class ResearchNetFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, buffers: tuple[Any, ...], options: tuple[Any, ...], *tensors: Tensor | None
     ) -> Tensor:
         running_mean, running_var, num_batches_tracked, seed = buffers
@@ -59,7 +59,7 @@ class ResearchNetFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, saved, seed = ctx.saved_tensors
         training, dropout_p, _, eps, negative_slope = ctx.options
         mask = list(ctx.needs_input_grad[2:])
@@ -309,9 +309,7 @@ def _fake_backward(
     channels = weights[-2].shape[:1]
     like = [input, *weights, *biases]
     like += [input.new_empty(channels) if t is None else t for t in (bn_weight, bn_bias)]
-    return [
-        t.new_empty(t.shape) for t, wanted in zip(like, output_mask, strict=True) if wanted
-    ]
+    return [t.new_empty(t.shape) for t, wanted in zip(like, output_mask, strict=True) if wanted]
 
 
 torch.library.register_fake("fused_mlp_kernels::research_net", _fake, lib=kernels_library)
