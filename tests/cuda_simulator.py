@@ -20,42 +20,14 @@ from typing import Any
 
 import numpy as np
 import ptxsim
+from bench.cuda_launches import WRITE, Device, Launch, hooked
 from ptxsim import nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
+# What the library's kernels lie in; the other files hold host code.
 KERNEL_FILES = ("standardize.cu", "gemm.cu", "network.cu")
 FLAGS = ("-O3", "-std=c++20", f"-I{ROOT / 'csrc'}")
-READ, WRITE, READ_WRITE = range(3)
-
-
-class Extent(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("use", ctypes.c_int64)]
-
-
-class Launch(ctypes.Structure):
-    _fields_ = [
-        ("kernel", ctypes.c_char_p),
-        ("grid", ctypes.c_uint32 * 3),
-        ("block", ctypes.c_uint32 * 3),
-        ("shared_bytes", ctypes.c_uint32),
-        ("parameter_bytes", ctypes.c_uint32),
-        ("parameters", ctypes.c_void_p),
-        ("extents", ctypes.POINTER(Extent)),
-        ("extent_count", ctypes.c_int64),
-    ]
-
-
-class Device(ctypes.Structure):
-    _fields_ = [
-        ("multiprocessors", ctypes.c_int32),
-        ("shared_bytes_per_block", ctypes.c_int32),
-        ("shared_bytes_per_multiprocessor", ctypes.c_int32),
-        ("capability", ctypes.c_int32),
-    ]
-
-
-Hook = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch))
 
 
 @dataclass
@@ -102,6 +74,9 @@ def single_kernel(text: str, kernel: str) -> str:
     return "\n".join([head, *shared, *("\t// .globl\t" + part for part in kept)])
 
 
+_modules: dict[Any, Any] = {}  # parsed once a process
+
+
 @dataclass
 class Simulator:
     """A simulated GPU that the loaded library launches on. Use :meth:`running`."""
@@ -114,12 +89,10 @@ class Simulator:
     stats: bool = False
     shuffle: int | None = None
     records: list[Record] = field(default_factory=list)
-    error: BaseException | None = None
-    _modules: dict[Any, Any] = field(default_factory=dict)
 
     def module(self, kernel: str) -> Any:
         key = (kernel, self.arch, self.check, self.shuffle)
-        if key not in self._modules:
+        if key not in _modules:
             for name in KERNEL_FILES:
                 if not (SOURCES / name).exists():
                     continue
@@ -128,14 +101,14 @@ class Simulator:
                     break
             else:
                 raise LookupError(f"no kernel {kernel}")
-            self._modules[key] = ptxsim.Module(
+            _modules[key] = ptxsim.Module(
                 single_kernel(text, kernel),
                 check_races=self.check,
                 check_uninit=self.check,
                 shuffle=self.shuffle,
                 keep_alignment=True,
             )
-        return self._modules[key]
+        return _modules[key]
 
     def run(self, launch: Launch) -> None:
         kernel = launch.kernel.decode()
@@ -148,14 +121,8 @@ class Simulator:
                 continue
             memory = (ctypes.c_uint8 * extent.bytes).from_address(extent.data)
             array = np.frombuffer(memory, np.uint8)
-            if extent.use == READ:
-                before = array.copy()
-                arrays.append(array)
-                array.flags.writeable = True
-                del before
-            else:
-                array.flags.writeable = True
-                arrays.append(ptxsim.Undef(array) if extent.use == WRITE else array)
+            array.flags.writeable = True
+            arrays.append(ptxsim.Undef(array) if extent.use == WRITE else array)
         grid, block = tuple(launch.grid), tuple(launch.block)
         stats = self.module(kernel).launch(
             kernel,
@@ -165,39 +132,17 @@ class Simulator:
             shared_bytes=launch.shared_bytes,
             stats=self.stats,
         )
-        self.records.append(
-            Record(kernel, grid, block, launch.shared_bytes, tuple(uses), stats)
-        )
+        self.records.append(Record(kernel, grid, block, launch.shared_bytes, tuple(uses), stats))
 
     @contextmanager
     def running(self, key: str = "CPU") -> Iterator[Simulator]:
         """Within, the raw ops on tensors of `key` run on this simulator."""
 
-        def hook(launch: Any) -> int:
-            try:
-                self.run(launch.contents)
-            except BaseException as error:  # must not cross the C++ frames
-                self.error = error
-                return 1
-            return 0
-
-        callback = Hook(hook)
         device = Device(
             self.multiprocessors,
             self.shared_bytes_per_block,
             self.shared_bytes_per_block + 1024,
             self.arch,
         )
-        self.library.fused_mlp_cuda_register.restype = ctypes.c_void_p
-        self.library.fused_mlp_cuda_unregister.argtypes = [ctypes.c_void_p]
-        self.library.fused_mlp_cuda_set_launch_hook(callback, ctypes.byref(device))
-        handle = self.library.fused_mlp_cuda_register(key.encode())
-        try:
+        with hooked(self.library, device, self.run, key):
             yield self
-        except RuntimeError:
-            if self.error is not None:
-                raise self.error from None
-            raise
-        finally:
-            self.library.fused_mlp_cuda_unregister(handle)
-            self.library.fused_mlp_cuda_set_launch_hook(None, None)

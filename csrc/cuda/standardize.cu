@@ -158,7 +158,7 @@ StandardizePlan plan_standardize(DType dtype, bool columns, const StandardizePar
   plan.chunks = static_cast<int32_t>(divide_up(length, plan.per_chunk));
   plan.blocks = base * plan.chunks;
   const int64_t groups = columns ? p.outer * p.inner : p.outer;
-  plan.workspace_bytes = plan.chunks > 1 ? 2 * plan.chunks * groups * accumulator_size(dtype) : 0;
+  plan.workspace_bytes = plan.chunks > 1 ? 3 * plan.chunks * groups * accumulator_size(dtype) : 0;
   return plan;
 }
 

@@ -9,15 +9,16 @@ namespace fused_mlp::cuda::standardize {
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // packs in flight a thread
 
-// Two sums of a backward pass: of du, and of du (x - mean).
+// Three sums of a backward pass: of du, of du (x - mean), and of x - mean, which would be zero if
+// the mean were not rounded.
 template <class A>
 struct Sums {
-  A du, du_x;
+  A du, du_x, x;
 };
 
 template <class A>
 FUSED_MLP_DEVICE Sums<A> merge(const Sums<A>& a, const Sums<A>& b) {
-  return {a.du + b.du, a.du_x + b.du_x};
+  return {a.du + b.du, a.du_x + b.du_x, a.x + b.x};
 }
 using fused_mlp::cuda::merge;
 
@@ -28,10 +29,11 @@ FUSED_MLP_DEVICE Moments<A> shuffle_down(const Moments<A>& m, int by) {
 }
 template <class A>
 FUSED_MLP_DEVICE Sums<A> shuffle_down(const Sums<A>& s, int by) {
-  return {__shfl_down_sync(~0u, s.du, by), __shfl_down_sync(~0u, s.du_x, by)};
+  return {__shfl_down_sync(~0u, s.du, by), __shfl_down_sync(~0u, s.du_x, by),
+          __shfl_down_sync(~0u, s.x, by)};
 }
 
-// Partial results: two arrays, indexed by chunk and group so that readers coalesce.
+// Partial results: two or three arrays, indexed by chunk and group so that readers coalesce.
 template <class A>
 FUSED_MLP_DEVICE void store_partial(const StandardizeParameters& p, int64_t k, int64_t total,
                                     const Moments<A>& m) {
@@ -45,6 +47,7 @@ FUSED_MLP_DEVICE void store_partial(const StandardizeParameters& p, int64_t k, i
   A* to = static_cast<A*>(p.partials);
   to[k] = s.du;
   to[total + k] = s.du_x;
+  to[2 * total + k] = s.x;
 }
 template <class A>
 FUSED_MLP_DEVICE void load_partial(const StandardizeParameters& p, int64_t k, int64_t total,
@@ -56,7 +59,7 @@ template <class A>
 FUSED_MLP_DEVICE void load_partial(const StandardizeParameters& p, int64_t k, int64_t total,
                                    int64_t, Sums<A>& s) {
   const A* from = static_cast<const A*>(p.partials);
-  s = {from[k], from[total + k]};
+  s = {from[k], from[total + k], from[2 * total + k]};
 }
 
 // Moments of N numbers in registers.
@@ -72,11 +75,13 @@ FUSED_MLP_DEVICE Moments<A> moments_of(const A (&x)[N]) {
   return {A(N), mean, m2};
 }
 
-// y = act((x - mean) * scale + shift) of one group.
+// y = act((x - mean) * scale + shift) of one group. The mean is kept as a number near it (an
+// element, or the rounded mean) and the rest, so that 1e4 +- 1e-2 keeps its digits.
 template <class A>
 struct Transform {
-  A mean, scale, shift, slope;
-  FUSED_MLP_DEVICE A pre(A x) const { return fused(x - mean, scale, shift); }
+  A origin, rest, scale, shift, slope;
+  FUSED_MLP_DEVICE A centred(A x) const { return (x - origin) - rest; }
+  FUSED_MLP_DEVICE A pre(A x) const { return fused(centred(x), scale, shift); }
   FUSED_MLP_DEVICE A operator()(A x) const {
     const A u = pre(x);
     return u > A(0) ? u : u * slope;
@@ -90,7 +95,7 @@ struct Gradient {
   A a, b, c;
   FUSED_MLP_DEVICE A du(A g, A x) const { return forward.pre(x) > A(0) ? g : g * forward.slope; }
   FUSED_MLP_DEVICE A operator()(A g, A x) const {
-    return fused(a, du(g, x), fused(b, x - forward.mean, c));
+    return fused(a, du(g, x), fused(b, forward.centred(x), c));
   }
 };
 
@@ -103,28 +108,29 @@ FUSED_MLP_DEVICE void set_affine(const StandardizeParameters& p, int64_t group, 
   t.slope = static_cast<A>(p.slope);
 }
 
-// The group's transform from its moments; the `writer` among the blocks that know them keeps the
+// The group's transform from the moments of its elements less `origin`; the `writer` among the blocks that know them keeps the
 // statistics and moves the running ones.
 template <class T>
 FUSED_MLP_DEVICE Transform<Acc<T>> finish_forward(const StandardizeParameters& p, int64_t group,
-                                                  Moments<Acc<T>> m, bool writer) {
+                                                  Acc<T> origin, Moments<Acc<T>> m, bool writer) {
   using A = Acc<T>;
   Transform<A> t;
+  t.origin = origin;
+  t.rest = m.mean;
   A deviation;
   if (p.flags & kGivenStatistics) {
-    t.mean = load_parameter<T>(p.running_mean, p.flags & kWideRunningMean, group);
+    t.origin = load_parameter<T>(p.running_mean, p.flags & kWideRunningMean, group);
+    t.rest = 0;
     const A var = load_parameter<T>(p.running_var, p.flags & kWideRunningVar, group);
     deviation = A(1) / root(var + static_cast<A>(p.eps));
     set_affine<T>(p, group, deviation, t);
   } else if (p.flags & kNormalizes) {
-    t.mean = m.mean;
     const A freedom = m.count - static_cast<A>(p.correction);
     deviation = root(m.m2 / (freedom > A(0) ? freedom : A(0)));
     t.scale = A(1) / (deviation + static_cast<A>(p.eps));
     t.shift = 0;
     t.slope = 1;
   } else {
-    t.mean = m.mean;
     deviation = A(1) / root(m.m2 / m.count + static_cast<A>(p.eps));
     set_affine<T>(p, group, deviation, t);
     if (writer && p.running_mean) {
@@ -132,13 +138,13 @@ FUSED_MLP_DEVICE Transform<Acc<T>> finish_forward(const StandardizeParameters& p
       const A mean = load_parameter<T>(p.running_mean, p.flags & kWideRunningMean, group);
       const A var = load_parameter<T>(p.running_var, p.flags & kWideRunningVar, group);
       store_parameter<T>(p.running_mean, p.flags & kWideRunningMean, group,
-                         fused(momentum, m.mean - mean, mean));
+                         fused(momentum, (origin + m.mean) - mean, mean));
       store_parameter<T>(p.running_var, p.flags & kWideRunningVar, group,
                          fused(momentum, m.m2 / (m.count > A(1) ? m.count - A(1) : A(1)) - var, var));
     }
   }
   if (writer) {
-    static_cast<A*>(p.mean)[group] = t.mean;
+    static_cast<A*>(p.mean)[group] = t.origin + t.rest;
     static_cast<A*>(p.deviation)[group] = deviation;
     if (group == 0 && p.batches_tracked && !(p.flags & kGivenStatistics)) *p.batches_tracked += 1;
   }
@@ -150,7 +156,8 @@ template <class T>
 FUSED_MLP_DEVICE Transform<Acc<T>> reload_forward(const StandardizeParameters& p, int64_t group) {
   using A = Acc<T>;
   Transform<A> t;
-  t.mean = static_cast<const A*>(p.mean)[group];
+  t.origin = static_cast<const A*>(p.mean)[group];
+  t.rest = 0;
   const A deviation = static_cast<const A*>(p.deviation)[group];
   if (p.flags & kNormalizes) {
     t.scale = A(1) / (deviation + static_cast<A>(p.eps));
@@ -168,19 +175,23 @@ FUSED_MLP_DEVICE Gradient<Acc<T>> finish_backward(const StandardizeParameters& p
                                                   const Sums<Acc<T>>& s, bool writer) {
   using A = Acc<T>;
   const A n = static_cast<A>(count);
+  const A off = p.flags & kGivenStatistics ? A(0) : s.x / n;  // of the rounded mean
+  const A du_x = s.du_x - s.du * off;
   const A deviation = static_cast<const A*>(p.deviation)[group];
   Gradient<A> d = {t, t.scale, A(0), A(0)};
   if (p.flags & kNormalizes) {
-    d.c = -t.scale * s.du / n;
-    if (deviation != A(0))
-      d.b = -s.du_x * t.scale * t.scale / ((n - static_cast<A>(p.correction)) * deviation);
+    if (deviation != A(0)) {
+      const A freedom = n - static_cast<A>(p.correction);
+      d.b = -du_x * t.scale * t.scale / ((freedom > A(0) ? freedom : A(0)) * deviation);
+    }
+    d.c = -t.scale * s.du / n - d.b * off;
   } else {
     if (!(p.flags & kGivenStatistics)) {
-      d.c = -t.scale * s.du / n;
-      d.b = -t.scale * deviation * deviation * (s.du_x / n);
+      d.b = -t.scale * deviation * deviation * (du_x / n);
+      d.c = -t.scale * s.du / n - d.b * off;
     }
     if (writer && p.grad_weight)
-      store_parameter<T>(p.grad_weight, p.flags & kWideWeight, group, s.du_x * deviation);
+      store_parameter<T>(p.grad_weight, p.flags & kWideWeight, group, du_x * deviation);
     if (writer && p.grad_bias) store_parameter<T>(p.grad_bias, p.flags & kWideBias, group, s.du);
   }
   return d;
@@ -276,6 +287,12 @@ FUSED_MLP_DEVICE void columns_forward(const StandardizeParameters& p) {
   const T* x = static_cast<const T*>(p.x) + at.slab * p.x_outer + at.column;
   T* y = static_cast<T*>(p.y) + at.slab * p.y_outer + at.column;
   Moments<A> m[V] = {};
+  A origin[V] = {};
+  if (at.active && !(p.flags & kGivenStatistics)) {
+    const Pack<T, V> first = load_pack<V>(x);
+#pragma unroll
+    for (int j = 0; j < V; ++j) origin[j] = widen(first.at[j]);
+  }
   if (p.phase & kMeasure) {
     if (at.active) {
       int64_t r = at.first(p) + at.row;
@@ -287,14 +304,14 @@ FUSED_MLP_DEVICE void columns_forward(const StandardizeParameters& p) {
         for (int j = 0; j < V; ++j) {
           A values[kUnroll];
 #pragma unroll
-          for (int k = 0; k < kUnroll; ++k) values[k] = widen(pack[k].at[j]);
+          for (int k = 0; k < kUnroll; ++k) values[k] = widen(pack[k].at[j]) - origin[j];
           m[j] = merge(m[j], moments_of(values));
         }
       }
       for (; r < last; r += step) {
         const Pack<T, V> pack = load_pack<V>(x + r * p.x_middle);
 #pragma unroll
-        for (int j = 0; j < V; ++j) m[j] = merge(m[j], {A(1), widen(pack.at[j]), A(0)});
+        for (int j = 0; j < V; ++j) m[j] = merge(m[j], {A(1), widen(pack.at[j]) - origin[j], A(0)});
       }
     }
     at.merge_rows(p, m);
@@ -306,7 +323,7 @@ FUSED_MLP_DEVICE void columns_forward(const StandardizeParameters& p) {
   Transform<A> transform[V];
 #pragma unroll
   for (int j = 0; j < V; ++j)
-    transform[j] = finish_forward<T>(p, at.group + j, m[j], at.chunk == 0 && at.row == 0);
+    transform[j] = finish_forward<T>(p, at.group + j, origin[j], m[j], at.chunk == 0 && at.row == 0);
   int64_t r = at.first(p) + at.row;
   for (; r < last; r += kUnroll * step) {
     Pack<T, V> pack[kUnroll];
@@ -356,7 +373,8 @@ FUSED_MLP_DEVICE void columns_backward(const StandardizeParameters& p) {
           for (int j = 0; j < V; ++j) {
             const A value = widen(xs[k].at[j]);
             const A du = gradient[j].du(widen(gs[k].at[j]), value);
-            s[j] = {s[j].du + du, fused(du, value - gradient[j].forward.mean, s[j].du_x)};
+            const A centred = gradient[j].forward.centred(value);
+            s[j] = {s[j].du + du, fused(du, centred, s[j].du_x), s[j].x + centred};
           }
         }
       }
@@ -492,6 +510,7 @@ struct MeasureRows {
   static constexpr int kPacks = kUnroll;
   const StandardizeParameters& p;
   const T* x;
+  Acc<T> origin;
   Moments<Acc<T>> m;
 
   template <int V, int K>
@@ -504,7 +523,7 @@ struct MeasureRows {
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int j = 0; j < V; ++j) values[k * V + j] = widen(pack[k].at[j]);
+      for (int j = 0; j < V; ++j) values[k * V + j] = widen(pack[k].at[j]) - origin;
     m = merge(m, moments_of(values));
   }
 };
@@ -556,7 +575,8 @@ struct MeasureRowsBackward {
       for (int j = 0; j < V; ++j) {
         const Acc<T> value = widen(xs[k].at[j]);
         const Acc<T> du = gradient.du(widen(gs[k].at[j]), value);
-        s = {s.du + du, fused(du, value - gradient.forward.mean, s.du_x)};
+        const Acc<T> centred = gradient.forward.centred(value);
+        s = {s.du + du, fused(du, centred, s.du_x), s.x + centred};
       }
   }
 };
@@ -593,9 +613,10 @@ FUSED_MLP_DEVICE void rows_forward(const StandardizeParameters& p) {
   using A = Acc<T>;
   const RowBlock<T> at(p);
   const T* x = static_cast<const T*>(p.x) + at.group * p.x_outer;
+  const A origin = p.flags & kGivenStatistics ? A(0) : widen(*x);
   Moments<A> m = {};
   if (p.phase & kMeasure) {
-    MeasureRows<T> measure = {p, x, {}};
+    MeasureRows<T> measure = {p, x, origin, {}};
     at.walk(p, x, measure);
     m = at.merge_threads(measure.m);
     if (!(p.phase & kApply)) {
@@ -608,7 +629,7 @@ FUSED_MLP_DEVICE void rows_forward(const StandardizeParameters& p) {
   }
   ApplyRows<T> apply = {
       p, x, static_cast<T*>(p.y) + at.group * p.y_outer,
-      finish_forward<T>(p, at.group, m, at.chunk == 0 && threadIdx.x == 0)};
+      finish_forward<T>(p, at.group, origin, m, at.chunk == 0 && threadIdx.x == 0)};
   at.walk(p, x, apply);
 }
 

@@ -30,7 +30,7 @@ struct StandardizeParameters {
   const void* x;
   const void* g;              // backward: gradient of the output
   void* y;                    // forward: output; backward: gradient of x, or null
-  void* partials;             // accumulators [2][chunks * groups], or null with one chunk
+  void* partials;             // accumulators [3][chunks * groups], or null with one chunk
   void* mean;                 // accumulators [groups]
   void* deviation;            // accumulators [groups]: std for normalize, rstd for BatchNorm
   const void* weight;         // [groups] or null, as are the next five

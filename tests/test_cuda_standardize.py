@@ -1,0 +1,201 @@
+"""normalize and batch_norm_leaky_relu in CUDA C++, executed in ptxsim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cuda_fixtures import CPU, cuda_library, gpu, gpu80, simulate  # noqa: F401
+from cuda_simulator import Simulator
+from support import DTYPES, batch_norm_case, check_case, lay_out, normalize_case
+
+KERNELS = torch.ops.fused_mlp_kernels
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((37, 13), None),
+        ((1000,), None),
+        ((5, 7, 11), [0, 2]),
+        ((5, 7, 11), [1]),
+        ((5, 7, 12), [0]),
+        ((9, 33), [1]),
+        ((3, 1), [0]),
+        ((2, 300, 64), [1]),
+    ],
+)
+def test_normalize_shapes(gpu80: Simulator, shape: tuple[int, ...], dim: list[int] | None) -> None:
+    check_case(normalize_case(shape, dim, device=CPU))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normalize_dtypes(gpu: Simulator, dtype: torch.dtype) -> None:
+    check_case(normalize_case((70, 20), None, dtype=dtype, device=CPU))
+    check_case(normalize_case((70, 20), [0], dtype=dtype, device=CPU))
+
+
+@pytest.mark.parametrize(
+    "layout", ["transposed", "columns", "gap", "steps", "offset", "expanded"]
+)
+@pytest.mark.parametrize("dim", [None, [0], [1]])
+def test_normalize_layouts(gpu80: Simulator, layout: str, dim: list[int] | None) -> None:
+    case = normalize_case((29, 18), dim, device=CPU)
+    x = case.tensors["input"]
+    if layout != "expanded" or dim != [0]:  # equal rows have no deviation
+        check_case(case, [lay_out(x, layout)])
+    check_case(case, None, lay_out(torch.randn(29, 18), layout))
+
+
+def test_normalize_keeps_small_deviations(gpu80: Simulator) -> None:
+    check_case(normalize_case((64, 100), None, device=CPU, scale=1e-2, offset=1e4))
+
+
+def test_large_is_cut_into_chunks(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+    simulator = simulate(multiprocessors=3)
+    with simulator.running():
+        check_case(normalize_case((20011,), None, device=CPU))
+        check_case(batch_norm_case((1511, 12), True, device=CPU))
+        check_case(batch_norm_case((1511, 13), True, device=CPU))
+        check_case(batch_norm_case((60, 3, 161), True, device=CPU))
+    assert len(simulator.records) == 4 * (2 + 2)
+    assert max(record.grid[0] for record in simulator.records) > 1
+
+
+@pytest.mark.parametrize("shape", [(37, 5), (64, 32), (7, 130), (2, 1), (6, 5, 9), (3, 4, 300)])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_shapes(gpu80: Simulator, shape: tuple[int, ...], training: bool) -> None:
+    check_case(batch_norm_case(shape, training, device=CPU))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_dtypes(gpu: Simulator, dtype: torch.dtype, training: bool) -> None:
+    check_case(batch_norm_case((50, 24), training, dtype=dtype, device=CPU))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_batch_norm_float32_parameters(gpu80: Simulator, dtype: torch.dtype) -> None:
+    for training in (True, False):
+        check_case(
+            batch_norm_case(
+                (50, 24), training, dtype=dtype, parameter_dtype=torch.float32, device=CPU
+            )
+        )
+
+
+@pytest.mark.parametrize("affine", ["weight", "bias", "none"])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_without_parameters(gpu80: Simulator, affine: str, training: bool) -> None:
+    check_case(batch_norm_case((40, 6), training, affine, device=CPU))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "columns", "gap", "steps", "offset"])
+def test_batch_norm_layouts(gpu80: Simulator, layout: str) -> None:
+    case = batch_norm_case((29, 20), True, device=CPU)
+    x, *parameters = case.tensors.values()
+    check_case(case, [lay_out(x, layout), *parameters])
+    check_case(case, [x, *(lay_out(p, layout) for p in parameters)] if layout == "offset" else None,
+               lay_out(torch.randn(29, 20), layout))  # fmt: skip
+    case = batch_norm_case((5, 4, 21), True, device=CPU)
+    x, *parameters = case.tensors.values()
+    check_case(case, [lay_out(x, layout), *parameters], lay_out(torch.randn(5, 4, 21), layout))
+
+
+def test_running_statistics(gpu80: Simulator) -> None:
+    plain = torch.nn.BatchNorm1d(12)
+    mean, var, count = torch.zeros(12), torch.ones(12), torch.tensor(0)
+    for step in range(3):
+        x = torch.randn(20 + step, 12) + step
+        plain(x)
+        KERNELS.batch_norm_leaky_relu(
+            x, mean, var, count, plain.weight, plain.bias, True, 0.1, 1e-5, 0.01
+        )
+    torch.testing.assert_close(mean, plain.running_mean)
+    torch.testing.assert_close(var, plain.running_var)
+    assert count == 3
+
+
+def test_empty(gpu80: Simulator) -> None:
+    output, mean, std = KERNELS.normalize(torch.empty(0, 3), [0], 1.0, 0.0)
+    assert output.shape == (0, 3) and mean.shape == (1, 3) and mean.isnan().all()
+    assert KERNELS.normalize_backward(output, output, mean, std, [0], 1.0, 0.0).shape == (0, 3)
+    x, vector = torch.empty(0, 3), torch.ones(3)
+    output, mean, rstd = KERNELS.batch_norm_leaky_relu(
+        x, None, None, None, vector, vector, True, 0.1, 1e-5, 0.01
+    )
+    gradients = KERNELS.batch_norm_leaky_relu_backward(
+        output, x, vector, vector, mean, rstd, True, 0.01, [True] * 3
+    )
+    assert [g.shape for g in gradients] == [(0, 3), (3,), (3,)] and not gradients[1].any()
+    assert not gpu80.records
+
+
+def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+    x, g = torch.randn(1500, 12), torch.randn(1500, 12)
+    results = []
+    for shuffle in (None, 1, 2):
+        with simulate(multiprocessors=3, shuffle=shuffle).running():
+            y, mean, rstd = KERNELS.batch_norm_leaky_relu(
+                x, None, None, None, None, None, True, 0.1, 1e-5, 0.01
+            )
+            (dx,) = KERNELS.batch_norm_leaky_relu_backward(
+                g, x, None, None, mean, rstd, True, 0.01, [True, False, False]
+            )
+            z, *_ = KERNELS.normalize(x.view(-1), None, 1.0, 0.0)
+        results.append((y, mean, rstd, dx, z))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["normalize", "normalize columns", "batch norm"])
+def test_traffic(simulate: Callable[..., Simulator], op: str, dtype: torch.dtype) -> None:  # noqa: F811
+    """x is read twice forward, x and g twice backward; the result is written once."""
+    shape = (1024, 64)
+    x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    simulator = simulate(multiprocessors=4, stats=True)
+    with simulator.running():
+        if op == "batch norm":
+            w = torch.ones(shape[1]).to(dtype)
+            y, mean, rstd = KERNELS.batch_norm_leaky_relu(
+                x, None, None, None, w, w, True, 0.1, 1e-5, 0.01
+            )
+            KERNELS.batch_norm_leaky_relu_backward(
+                g, x, w, w, mean, rstd, True, 0.01, [True, True, True]
+            )
+        else:
+            dim = None if op == "normalize" else [0]
+            y, mean, std = KERNELS.normalize(x, dim, 1.0, 0.0)
+            KERNELS.normalize_backward(g, x, mean, std, dim, 1.0, 0.0)
+    size = x.numel() * x.element_size()
+    stats = [record.stats for record in simulator.records]
+    assert len(stats) == 4
+    forward, backward = stats[:2], stats[2:]
+    # Besides x: the partial statistics, which are small.
+    assert sum(s.dram_read_bytes for s in forward) <= 1.05 * 2 * size
+    assert sum(s.load_bytes for s in forward) <= 1.15 * 2 * size
+    assert sum(s.dram_write_bytes for s in forward) <= 1.05 * size
+    assert sum(s.dram_read_bytes for s in backward) <= 1.05 * 4 * size
+    assert sum(s.dram_write_bytes for s in backward) <= 1.05 * size
+    for s in stats:
+        assert s.atomics == 0
+        assert s.load_efficiency >= 0.99 and s.store_efficiency >= 0.9
+        assert s.shared_wavefronts <= 1.1 * s.shared_ideal_wavefronts
+
+
+def test_small_takes_one_launch(gpu80: Simulator) -> None:
+    x = torch.randn(256, 32)
+    KERNELS.batch_norm_leaky_relu(x, None, None, None, None, None, True, 0.1, 1e-5, 0.01)
+    KERNELS.normalize(x, None, 1.0, 0.0)
+    assert len(gpu80.records) == 2
+
+
+def test_wide_fills_the_gpu(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+    """64 x 4096 by columns and 4096 x 64 by rows both give every multiprocessor a block."""
+    simulator = simulate(multiprocessors=16, check=False)
+    with simulator.running():
+        KERNELS.normalize(torch.randn(64, 2048), [0], 1.0, 0.0)
+        KERNELS.normalize(torch.randn(2048 * 16, 32), [0], 1.0, 0.0)
+    assert all(record.grid[0] >= 16 for record in simulator.records)
