@@ -49,7 +49,13 @@ def test_network_of_any_depth_agrees_with_eager(device, hidden, training):
     fused.train(training)
     for _ in range(2):
         assert_same_step(eager, fused, torch.randn(16, 10, device=device, requires_grad=True))
-    assert kernels_run(fused, torch.randn(16, 10, device=device)) == ["research_net"]
+    x = torch.randn(16, 10, device=device)
+    weights = [m.weight for m in fused.research_layers if isinstance(m, nn.Linear)]
+    if fused_mlp.backends.fits(x, weights):
+        assert kernels_run(fused, x) == ["research_net"]
+    else:  # op by op
+        expected = ["linear_relu"] * (len(hidden) - 1) + ["batch_norm_leaky_relu"]
+        assert kernels_run(fused, x) == expected
 
 
 def test_same_seed_gives_same_initial_weights(device):
@@ -552,11 +558,10 @@ def test_grad_modes_may_alternate(device, mode):
         assert kernels_run(fused, x) == ["research_net"]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(16, 10), (1, 10)])
+@pytest.mark.parametrize(
+    ("training", "shape"), [(True, (16, 10)), (False, (16, 10)), (False, (1, 10))]
+)
 def test_fullgraph_compile_agrees_with_uncompiled(device, training, shape):
-    if training and shape[0] == 1:
-        pytest.skip("raises")
     _, fused = networks(device)
     plain = copy.deepcopy(fused)
     fused.train(training)

@@ -25,6 +25,7 @@ from ..ops.research_net import check as check_research_net
 from ..ops.research_net import run as run_research_net
 from .fit import Fit
 
+_research_net = torch.ops.fused_mlp_kernels.research_net.default
 _linear_relu = torch.ops.fused_mlp_kernels.linear_relu.default
 _batch_norm_leaky_relu = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default
 
@@ -165,6 +166,11 @@ def research_net(
             input, weights, biases, weight, bias, running_mean, running_var, training, dropout_p,
             seed, momentum, eps, negative_slope, num_batches_tracked=tracked,
         )  # fmt: skip
+    if not training and not torch.is_grad_enabled():  # the shortest way: a microsecond less
+        return _research_net(
+            input, weights, biases, weight, bias, running_mean, running_var, tracked, training,
+            dropout_p, seed, momentum, eps, negative_slope,
+        )[0]  # fmt: skip
     return run_research_net(
         input, weights, biases, weight, bias, running_mean, running_var, tracked, training,
         dropout_p, seed, momentum, eps, negative_slope,

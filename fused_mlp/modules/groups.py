@@ -28,11 +28,11 @@ _global_backward_pre_hooks = nn_module._global_backward_pre_hooks
 def make_step(run: Run) -> Step:
     """Return what computes a run: a group, or the module itself."""
     if run.op == LINEAR_RELU and len(run.modules) > 1:
-        return LinearReLUGroup(run)
+        return LinearReLUGroup(run).run
     if run.op == BATCH_NORM_LEAKY_RELU and len(run.modules) > 1:
-        return BatchNormLeakyReLUGroup(run)
+        return BatchNormLeakyReLUGroup(run).run
     if run.op == RESEARCH_NET:
-        return ResearchNetGroup(run)
+        return ResearchNetGroup(run).run
     return run.modules[0]
 
 
@@ -69,7 +69,7 @@ class LinearReLUGroup:
         self._linear, self._dropout, _ = _linear_and_dropout(run)
         self._fit = Fit(feature_dim=-1)
 
-    def __call__(self, input: Any) -> Any:
+    def run(self, input: Any) -> Any:
         if runs_as_written(self._dicts):
             parameters, dropout = self._linear["_parameters"], self._dropout
             try:
@@ -93,7 +93,7 @@ class BatchNormLeakyReLUGroup:
         self._dicts = tuple(module.__dict__ for module in run.modules)
         self._fits = attempt.two_fits()
 
-    def __call__(self, input: Any) -> Any:
+    def run(self, input: Any) -> Any:
         if runs_as_written(self._dicts):
             norm, activation = self._dicts
             try:
@@ -127,9 +127,12 @@ class ResearchNetGroup:
         self._slope = norm.modules[-1].__dict__
         self._fits = attempt.two_fits()
 
-    def __call__(self, input: Any) -> Any:
-        output = self._at_once(input) if runs_as_written(self._dicts) else None
-        return _one_by_one(self._parts, input) if output is None else output
+    def run(self, input: Any) -> Any:
+        if runs_as_written(self._dicts):
+            output = self._at_once(input)
+            if output is not None:
+                return output
+        return _one_by_one(self._parts, input)
 
     def _at_once(self, input: Any) -> Tensor | None:
         weights, biases = [], []

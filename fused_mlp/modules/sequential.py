@@ -42,6 +42,9 @@ class FusedSequential(CachingModule, nn.Sequential):
     def forward(self, input: Any) -> Any:
         if is_compiling():
             return _run_traced(list(self._modules.values()), input)
+        return self._run_planned(input)
+
+    def _run_planned(self, input: Any) -> Any:
         modules = [*self._modules.values()]
         plan = self.__dict__.get("_cache")
         if plan is None or plan.modules != modules or plan.kinds != [*map(type, modules)]:
