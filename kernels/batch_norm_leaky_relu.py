@@ -9,7 +9,16 @@ writes the input's gradient; channels that one program can walk alone take a sin
 import triton
 import triton.language as tl
 
-from .launch import accumulator, divide, on_device, options, scalar, square_root, triton_accumulator
+from .launch import (
+    accumulator,
+    cast,
+    divide,
+    on_device,
+    options,
+    scalar,
+    square_root,
+    triton_accumulator,
+)
 from .moments import (
     load_tile,
     merge_parts,
@@ -42,7 +51,7 @@ def blend(ptr, stride, k, in_k, value, momentum, ACC: tl.constexpr):
     """Move a running statistic towards ``value`` in place."""
     old = tl.load(ptr + k * stride, mask=in_k, other=0.0).to(ACC)
     new = old + momentum * (value - old)
-    tl.store(ptr + k * stride, new.to(ptr.dtype.element_ty), mask=in_k)
+    tl.store(ptr + k * stride, cast(new, ptr.dtype.element_ty), mask=in_k)
 
 
 @triton.jit
@@ -226,9 +235,9 @@ def batch_norm_leaky_relu_grad_kernel(
         sum_w = merge_sums(part_ptr, 1, parts, k, in_k, K, SUMS, ACC)
     if part == 0:
         if dweight_ptr is not None:
-            tl.store(dweight_ptr + k, sum_w.to(dweight_ptr.dtype.element_ty), mask=in_k)
+            tl.store(dweight_ptr + k, cast(sum_w, dweight_ptr.dtype.element_ty), mask=in_k)
         if dbias_ptr is not None:
-            tl.store(dbias_ptr + k, sum_b.to(dbias_ptr.dtype.element_ty), mask=in_k)
+            tl.store(dbias_ptr + k, cast(sum_b, dbias_ptr.dtype.element_ty), mask=in_k)
     if WRITE and not WRITE_ALONE:
         n = scalar(count, ACC)
         mean_b = sum_b / n

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_ROUND_BFLOAT16 = tl.constexpr(INTERPRETED)
 
 
 def on_device(tensor):
@@ -21,10 +22,11 @@ def on_device(tensor):
 def options(num_warps, num_stages=None):
     """Return the compile options of a launch.
 
-    Fusing a multiplication and an addition is named explicitly, because Triton changes its default
-    between releases and bits would change with it.
+    Products and sums are not fused by the compiler. In a reduction over lanes it would round one
+    lane's product and not its neighbour's, so copies of a sum that must be equal would differ; and
+    backward could not compute the same bits again that forward put through a gate.
     """
-    chosen = {"num_warps": num_warps, "enable_fp_fusion": True}
+    chosen = {"num_warps": num_warps, "enable_fp_fusion": False}
     if num_stages is not None:
         chosen["num_stages"] = num_stages
     return chosen
@@ -85,3 +87,14 @@ def divide(x, y):
         return tl.div_rn(x, y)
     else:
         return x / y
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another floating dtype, rounded to nearest even."""
+    if _ROUND_BFLOAT16 and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        # The interpreter cuts the low half off; hardware rounds.
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)

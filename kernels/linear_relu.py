@@ -14,6 +14,7 @@ from . import tuning
 from .launch import (
     accumulator,
     architecture,
+    cast,
     dot_precision,
     on_device,
     scalar,
@@ -80,7 +81,7 @@ def linear_relu_kernel(
         column0 = (tile_n * BLOCK_COLUMNS).to(tl.int32)
         y = dropout(y, seed_ptr, m, column0, 0, threshold, scalar(scale, ACC), BLOCK_COLUMNS)
     y_at = y_ptr + m[:, None] * N + n[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_m & in_n)
+    tl.store(y_at, cast(y, y_ptr.dtype.element_ty), mask=in_m & in_n)
 
 
 @triton.jit(do_not_specialize=["bucket"])
@@ -105,9 +106,9 @@ def linear_relu_grad_input_kernel(
         y = tl.load(y_ptr + m[:, None] * stride_ym + n[None, :] * stride_yn, mask=mask, other=0.0)
         w_at = w_ptr + n[:, None] * stride_wn + k[None, :] * stride_wk
         w = tl.load(w_at, mask=(n < N)[:, None] & in_k, other=0.0)
-        acc = multiply(gate(g, y, scale).to(w.dtype), w, acc, PRECISION)
+        acc = multiply(cast(gate(g, y, scale), w.dtype), w, acc, PRECISION)
     dx_at = dx_ptr + m[:, None] * K + k[None, :]
-    tl.store(dx_at, acc.to(dx_ptr.dtype.element_ty), mask=in_m & in_k)
+    tl.store(dx_at, cast(acc, dx_ptr.dtype.element_ty), mask=in_m & in_k)
 
 
 @triton.jit(do_not_specialize=["bucket"])
@@ -143,14 +144,14 @@ def linear_relu_grad_weight_kernel(
         dz = gate(g, y, scale)
         if db_ptr is not None:
             bias += tl.sum(dz, 0)
-        acc = multiply(tl.trans(dz.to(x.dtype)), x, acc, PRECISION)
+        acc = multiply(tl.trans(cast(dz, x.dtype)), x, acc, PRECISION)
     if dw_ptr is not None:
         dw_at = dw_ptr + part * part_stride + n[:, None] * K + k[None, :]
-        tl.store(dw_at, acc.to(dw_ptr.dtype.element_ty), mask=in_n[:, None] & in_k[None, :])
+        tl.store(dw_at, cast(acc, dw_ptr.dtype.element_ty), mask=in_n[:, None] & in_k[None, :])
     if db_ptr is not None:
         if tile_k == 0:
             db_at = db_ptr + part * part_stride + n
-            tl.store(db_at, bias.to(db_ptr.dtype.element_ty), mask=in_n)
+            tl.store(db_at, cast(bias, db_ptr.dtype.element_ty), mask=in_n)
 
 
 def _grid(rows, columns, parts=1):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .launch import on_device, options
+from .launch import cast, on_device, options
 
 BLOCK = 256
 OUTPUTS = 8  # what one launch can write
@@ -13,7 +13,7 @@ OUTPUTS = 8  # what one launch can write
 def _store_section(ptr, start, end, at, value):
     if ptr is not None:
         inside = (at >= start) & (at < end)
-        tl.store(ptr + (at - start), value.to(ptr.dtype.element_ty), mask=inside)
+        tl.store(ptr + (at - start), cast(value, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -12,6 +12,16 @@ squared shift exceeds the variance of what is summed at most T-fold.
 import triton
 import triton.language as tl
 
+from .launch import cast
+
+MERGED = tl.constexpr(1024)  # numbers of each kind that a merge takes at a time
+
+
+@triton.constexpr_function
+def _slice(numbers, width):
+    """How many parts of ``width`` numbers a merge takes at a time."""
+    return max(numbers // width, 1)
+
 
 @triton.jit
 def tile_rows(tile, tiles_l, O, L, BLOCK_O: tl.constexpr, BLOCK_L: tl.constexpr):
@@ -37,7 +47,7 @@ def load_tile(ptr, o, inner, valid, k, in_k, stride_k, stride_o, stride_l, ACC: 
 @triton.jit
 def store_tile(ptr, value, o, inner, valid, k, in_k, stride_k, stride_o, stride_l):
     at = (o * stride_o + inner * stride_l)[:, None] + (k * stride_k)[None, :]
-    value = value.to(ptr.dtype.element_ty)
+    value = cast(value, ptr.dtype.element_ty)
     tl.store(ptr + at, value, mask=valid[:, None] & in_k[None, :])
 
 
@@ -81,22 +91,35 @@ def store_part(part_ptr, shift, mean, deviations, count, part, parts, k, in_k, K
 
 @triton.jit
 def merge_parts(part_ptr, parts, k, in_k, K, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """A group's moments from its parts: the mean in two pieces, squared deviations; count."""
-    p = tl.arange(0, PARTS)
-    present = p < parts
+    """A group's moments from its parts: the mean in two pieces, squared deviations; count.
+
+    PARTS: ``parts`` padded to a power of two. They are taken a slice at a time.
+    """
+    SLICE: tl.constexpr = PARTS if PARTS * k.shape[0] <= MERGED else _slice(MERGED, k.shape[0])
     plane = parts.to(tl.int64) * K
-    at = part_ptr + p.to(tl.int64)[:, None] * K + k[None, :]
-    mask = present[:, None] & in_k[None, :]
-    shift = tl.load(at, mask=mask, other=0.0).to(ACC)
-    mean = tl.load(at + plane, mask=mask, other=0.0).to(ACC)
-    deviations = tl.load(at + 2 * plane, mask=mask, other=0.0).to(ACC)
-    counts = tl.load(part_ptr + 3 * plane + p, mask=present, other=0.0).to(ACC)
     origin = tl.load(part_ptr + k, mask=in_k, other=0.0).to(ACC)
-    count = tl.sum(counts, 0)
-    offset = tl.where(present[:, None], (shift - origin[None, :]) + mean, 0.0)
-    centre = tl.sum(offset * counts[:, None], 0) / count
-    between = offset - centre[None, :]
-    total = tl.sum(deviations + between * between * counts[:, None], 0)
+    count = tl.full((), 0.0, ACC)
+    centre = tl.zeros([k.shape[0]], ACC)
+    total = tl.zeros([k.shape[0]], ACC)
+    for start in range(0, parts, SLICE):
+        p = start + tl.arange(0, SLICE)
+        present = p < parts
+        at = part_ptr + p.to(tl.int64)[:, None] * K + k[None, :]
+        mask = present[:, None] & in_k[None, :]
+        shift = tl.load(at, mask=mask, other=0.0).to(ACC)
+        mean = tl.load(at + plane, mask=mask, other=0.0).to(ACC)
+        deviations = tl.load(at + 2 * plane, mask=mask, other=0.0).to(ACC)
+        counts = tl.load(part_ptr + 3 * plane + p, mask=present, other=0.0).to(ACC)
+        slice_count = tl.sum(counts, 0)
+        offset = tl.where(present[:, None], (shift - origin[None, :]) + mean, 0.0)
+        slice_centre = tl.sum(offset * counts[:, None], 0) / slice_count
+        between = offset - slice_centre[None, :]
+        total += tl.sum(deviations + between * between * counts[:, None], 0)
+        moved = slice_centre - centre
+        share = slice_count / (count + slice_count)
+        total += moved * moved * count * share
+        centre += moved * share
+        count += slice_count
     return origin, centre, total, count
 
 
@@ -120,12 +143,23 @@ def moments_kernel(
 
 
 @triton.jit
+def merge_rows(ptr, stride, parts, k, in_k, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """The sum over parts of vectors that lie ``stride`` elements apart, a slice at a time."""
+    SLICE: tl.constexpr = PARTS if PARTS * k.shape[0] <= MERGED else _slice(MERGED, k.shape[0])
+    total = tl.zeros([SLICE, k.shape[0]], ACC)
+    for start in range(0, parts, SLICE):
+        p = start + tl.arange(0, SLICE)
+        mask = (p < parts)[:, None] & in_k[None, :]
+        at = p.to(tl.int64)[:, None] * stride + k[None, :]
+        total += tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def merge_sums(part_ptr, plane_index, parts, k, in_k, K, PARTS: tl.constexpr, ACC: tl.constexpr):
     """The sum over parts of one [parts, K] plane of partial sums."""
-    p = tl.arange(0, PARTS)
-    row = (plane_index * parts + p).to(tl.int64)
-    mask = (p < parts)[:, None] & in_k[None, :]
-    return tl.sum(tl.load(part_ptr + row[:, None] * K + k[None, :], mask=mask, other=0.0).to(ACC), 0)
+    plane_ptr = part_ptr + (plane_index * parts).to(tl.int64) * K
+    return merge_rows(plane_ptr, K, parts, k, in_k, PARTS, ACC)
 
 
 @triton.jit

@@ -22,15 +22,13 @@ from .launch import (
 )
 from .merge import merge
 from .philox import drop_threshold, keep_scale
-from .research_net_kernels import (
-    research_net_grad_kernel,
-    research_net_kernel,
-    research_net_statistics_kernel,
-)
+from .research_net_grad import research_net_grad_kernel
+from .research_net_kernels import research_net_kernel, research_net_statistics_kernel
 from .tiles import has_matrix_units
 
 MAX_HIDDEN = 128
 MAX_EDGE = 1024
+RESIDENT_REGISTERS = 32  # of a thread; larger weights come from the cache
 PROGRAMS = 128  # parts of the rows; each costs every program of the next launch a merge
 
 
@@ -66,6 +64,14 @@ class Shape:
     rows_per_part: int
     parts: int
     num_warps: int
+    resident: bool  # weights stay in registers during the walk over the rows
+    split: bool  # backward gives each large weight gradient programs of its own
+
+    def jobs(self, last, rest):
+        """Programs of backward for each part of the rows."""
+        if not self.split:
+            return 1
+        return (self.chunks_out if last else 0) + (self.two + self.chunks_in if rest else 0)
 
 
 def _pad(width, most):
@@ -80,20 +86,22 @@ def shape(rows, widths, dtype, precision, backend, capability, backward):
     widest = max(block_f, block_h)
     units = has_matrix_units(dtype, precision, backend, capability) and dtype != torch.float64
     chunk = 64 if units else 32
-    if widest <= 64:
-        block_m, warps = (64, 4) if units else (32, 4)
-    else:
-        block_m, warps = (64, 8) if units else (32, 8)
-    if backward and widest > 32:
-        warps *= 2
+    block_m, warps = 64 if units else 32, 4 if widest <= 64 else 8
+    if backward:
+        block_m, warps = 32, 4 if widest <= 64 else 8
     block_in, block_out = _pad(widths[0], chunk), _pad(widths[-1], chunk)
+    chunks_in, chunks_out = triton.cdiv(widths[0], block_in), triton.cdiv(widths[-1], block_out)
+    weights = (block_f * block_in + (block_f * block_h if two else 0)) + block_h * block_out
+    # Registers of a thread that hold weights, were they resident.
+    held = weights * dtype.itemsize // (4 * 32 * warps)
+    resident = chunks_in == 1 and chunks_out == 1 and held <= RESIDENT_REGISTERS
     block_m = min(block_m, _pad(rows, block_m))
     blocks = triton.cdiv(rows, block_m)
     rows_per_part = triton.cdiv(blocks, PROGRAMS) * block_m
     return Shape(
-        two, block_m, block_in, block_f, block_h, block_out,
-        triton.cdiv(widths[0], block_in), triton.cdiv(widths[-1], block_out),
-        rows_per_part, triton.cdiv(rows, rows_per_part), warps,
+        two, block_m, block_in, block_f, block_h, block_out, chunks_in, chunks_out,
+        rows_per_part, triton.cdiv(rows, rows_per_part), warps, resident,
+        widest > 32 or chunks_in > 1 or chunks_out > 1,
     )  # fmt: skip
 
 
@@ -123,9 +131,10 @@ class _Network:
             "BLOCK_F": s.block_f,
             "BLOCK_H": s.block_h,
             "CHUNKS_IN": s.chunks_in,
+            "RESIDENT": s.resident,
             "PRECISION": precision,
             "ACC": triton_accumulator(dtype),
-            **options(s.num_warps),
+            **options(s.num_warps, 1),
         }
         self.last_blocks = {"BLOCK_OUT": s.block_out, "CHUNKS_OUT": s.chunks_out}
 
@@ -218,17 +227,12 @@ def research_net_backward(
         **net.last_blocks,
     }
     with on_device(input):
-        # Programs: parts of the rows x chunks of the output, of the input, or of both.
-        if training:
-            research_net_grad_kernel[(s.parts, s.chunks_out)](
-                *arguments, LAST=True, REST=False, **constants
-            )
-            research_net_grad_kernel[(s.parts, s.chunks_in)](
-                *arguments, LAST=False, REST=True, **constants
-            )
-        else:
-            research_net_grad_kernel[(s.parts, max(s.chunks_in, s.chunks_out))](
-                *arguments, LAST=True, REST=True, **constants
+        # Programs for each part of the rows and job. In training, what comes before the batch
+        # norm waits for the sums over all rows behind it.
+        for last, rest in ((True, False), (False, True)) if training else ((True, True),):
+            constants["num_warps"] = max(s.num_warps, 8) if rest else s.num_warps
+            research_net_grad_kernel[(s.parts, s.jobs(last, rest))](
+                *arguments, LAST=last, REST=rest, SPLIT=s.split, **constants
             )
         if any(output_mask[1:]):
             merge(part, gradients, sizes)

@@ -1,8 +1,9 @@
 """The whole network on chip: what the launchers in research_net.py run.
 
-A program walks blocks of rows. Weights are loaded once, before the walk (a first or last layer
-wider than a chunk streams its weight chunk by chunk instead); activations live in registers and
-shared memory only, and backward computes them again from the input.
+A program walks blocks of rows. RESIDENT weights are loaded once, before the walk; those too large
+for the registers, and a first or last layer wider than a chunk, come from the cache for each block.
+Activations live in registers and shared memory only, and backward computes them again from the
+input.
 
 Dimensions: IN -> F -> H -> OUT, with BatchNorm on H; without a middle layer F is H.
     first   W1 [F, IN], ReLU and dropout if there is a middle layer
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm_leaky_relu import RUNNING, leaky_relu, load_vector, reciprocal_std, update_running
-from .launch import divide, scalar
+from .launch import cast, divide, scalar
 from .matmul import multiply
 from .moments import merge_parts, store_part
 from .philox import dropout
@@ -40,27 +41,32 @@ def load_rows(ptr, m, in_m, column0, columns, stride_m, stride_k, COLUMNS: tl.co
 
 @triton.jit
 def before_norm(
-    x_ptr, m, in_m, w1_ptr, w1, b1, w2, b2, seed_ptr, threshold, scale, stride_xm, stride_xk,
-    IN, F, TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr,
-    BLOCK_F: tl.constexpr, CHUNKS_IN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, m, in_m, w1_ptr, w1, b1, w2_ptr, w2, b2, seed_ptr, threshold, scale,
+    stride_xm, stride_xk, IN, F, H, TWO: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr,
+    CHUNKS_IN: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What the batch norm sees of a block of rows [BLOCK_M, H], and the first layer's output."""
-    acc = tl.zeros([BLOCK_M, BLOCK_F], ACC)
+    z = tl.zeros([BLOCK_M, BLOCK_F], ACC)
     if CHUNKS_IN == 1:
         x = load_rows(x_ptr, m, in_m, 0, IN, stride_xm, stride_xk, BLOCK_IN)
-        acc = multiply(x, tl.trans(w1), acc, PRECISION)
+        if not RESIDENT:
+            w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+        z = multiply(x, tl.trans(w1), z, PRECISION)
     else:
         for chunk in range(CHUNKS_IN):
             x = load_rows(x_ptr, m, in_m, chunk * BLOCK_IN, IN, stride_xm, stride_xk, BLOCK_IN)
             w = load_weight(w1_ptr, 0, F, chunk * BLOCK_IN, IN, BLOCK_F, BLOCK_IN)
-            acc = multiply(x, tl.trans(w), acc, PRECISION)
-    z = acc + b1[None, :]
+            z = multiply(x, tl.trans(w), z, PRECISION)
+    z += b1[None, :]
     if TWO:
         z = tl.where(z <= 0, 0.0, z)
         if seed_ptr is not None:
             z = dropout(z, seed_ptr, m, 0, 0, threshold, scale, BLOCK_F)
-        a = z.to(w2.dtype)
-        zero = tl.zeros([BLOCK_M, w2.shape[0]], ACC)
+        a = cast(z, w2_ptr.dtype.element_ty)
+        if not RESIDENT:
+            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
+        zero = tl.zeros([BLOCK_M, BLOCK_H], ACC)
         return multiply(a, tl.trans(w2), zero, PRECISION) + b2[None, :], a
     else:
         return z, z
@@ -71,7 +77,8 @@ def research_net_statistics_kernel(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, seed_ptr, part_ptr, M, IN, F, H,
     stride_xm, stride_xk, threshold, scale: tl.float64, rows_per_part, parts,
     TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_H: tl.constexpr, CHUNKS_IN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr, CHUNKS_IN: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Moments of the batch norm's input over a part of the rows. Grid: (parts,)."""
     part = tl.program_id(0)
@@ -79,9 +86,13 @@ def research_net_statistics_kernel(
     f = tl.arange(0, BLOCK_F)
     in_h = h < H
     scale = scalar(scale, ACC)
-    w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+    w1 = 0
+    w2 = 0
+    if RESIDENT:
+        w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+        if TWO:
+            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
     b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
-    w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F) if TWO else w1
     b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
     first = part.to(tl.int64) * rows_per_part
     last = tl.minimum(first + rows_per_part, M)
@@ -92,9 +103,9 @@ def research_net_statistics_kernel(
         m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         in_m = m < last
         z, _ = before_norm(
-            x_ptr, m, in_m, w1_ptr, w1, b1, w2, b2, seed_ptr, threshold, scale,
-            stride_xm, stride_xk, IN, F, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, CHUNKS_IN,
-            PRECISION, ACC,
+            x_ptr, m, in_m, w1_ptr, w1, b1, w2_ptr, w2, b2, seed_ptr, threshold, scale,
+            stride_xm, stride_xk, IN, F, H, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H, CHUNKS_IN,
+            RESIDENT, PRECISION, ACC,
         )  # fmt: skip
         if start == first:
             rows = tl.minimum(last - first, BLOCK_M).to(ACC)
@@ -119,7 +130,7 @@ def research_net_kernel(
     rows_per_part, parts, STATISTICS: tl.constexpr, TWO: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_OUT: tl.constexpr, CHUNKS_IN: tl.constexpr, CHUNKS_OUT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    RESIDENT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The network's output for a part of the rows. Grid: (parts,).
 
@@ -152,12 +163,17 @@ def research_net_kernel(
         tl.store(saved_ptr + H + h, rstd, mask=in_h)
     gamma = load_vector(gamma_ptr, h, in_h, 1.0, ACC)
     beta = load_vector(beta_ptr, h, in_h, 0.0, ACC)
-    w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+    w1 = 0
+    w2 = 0
+    if RESIDENT:
+        w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+        if TWO:
+            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
     b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
-    w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F) if TWO else w1
     b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
     c = tl.arange(0, BLOCK_OUT)
-    w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+    if RESIDENT and CHUNKS_OUT == 1:
+        w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
     b3 = load_vector(b3_ptr, c, c < OUT, 0.0, ACC)
     first = part.to(tl.int64) * rows_per_part
     last = tl.minimum(first + rows_per_part, M)
@@ -165,17 +181,19 @@ def research_net_kernel(
         m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         in_m = m < last
         z, _ = before_norm(
-            x_ptr, m, in_m, w1_ptr, w1, b1, w2, b2, seed_ptr, threshold, scale,
-            stride_xm, stride_xk, IN, F, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, CHUNKS_IN,
-            PRECISION, ACC,
+            x_ptr, m, in_m, w1_ptr, w1, b1, w2_ptr, w2, b2, seed_ptr, threshold, scale,
+            stride_xm, stride_xk, IN, F, H, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H, CHUNKS_IN,
+            RESIDENT, PRECISION, ACC,
         )  # fmt: skip
         u = (z - mean[None, :]) * rstd[None, :] * gamma[None, :] + beta[None, :]
-        a = leaky_relu(u, slope).to(w3.dtype)
+        a = cast(leaky_relu(u, slope), w3_ptr.dtype.element_ty)
         y_at = y_ptr + m[:, None] * OUT + c[None, :]
         if CHUNKS_OUT == 1:
+            if not RESIDENT:
+                w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
             zero = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
             y = multiply(a, tl.trans(w3), zero, PRECISION) + b3[None, :]
-            tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & (c < OUT)[None, :])
+            tl.store(y_at, cast(y, y_ptr.dtype.element_ty), mask=in_m[:, None] & (c < OUT)[None, :])
         else:
             for chunk in range(CHUNKS_OUT):
                 at = chunk * BLOCK_OUT
@@ -184,149 +202,4 @@ def research_net_kernel(
                 zero = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
                 y = multiply(a, tl.trans(w), zero, PRECISION) + b[None, :]
                 mask = in_m[:, None] & (at + c < OUT)[None, :]
-                tl.store(y_at + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_weight(ptr, value, row0, rows, column0, columns):
-    """Write a tile of a contiguous (rows, columns) matrix."""
-    r = row0 + tl.arange(0, value.shape[0])
-    c = column0 + tl.arange(0, value.shape[1])
-    mask = (r < rows)[:, None] & (c < columns)[None, :]
-    tl.store(ptr + r[:, None] * columns + c[None, :], value, mask=mask)
-
-
-@triton.jit
-def merge_row(ptr, row_length, parts, h, in_h, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """The sum over parts of a vector that every part keeps in its row."""
-    p = tl.arange(0, PARTS)
-    at = p.to(tl.int64)[:, None] * row_length + h[None, :]
-    mask = (p < parts)[:, None] & in_h[None, :]
-    return tl.sum(tl.load(ptr + at, mask=mask, other=0.0).to(ACC), 0)
-
-
-@triton.jit(do_not_specialize=["threshold", "parts", "rows_per_part"])
-def research_net_grad_kernel(
-    g_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, gamma_ptr, beta_ptr, saved_ptr,
-    seed_ptr, part_ptr, dx_ptr, M, IN, F, H, OUT, stride_gm, stride_gn, stride_xm, stride_xk,
-    threshold, scale: tl.float64, slope: tl.float64, rows_per_part, parts, row_length,
-    at_w2, at_w3, at_b1, at_b2, at_b3, at_gamma, at_beta,
-    LAST: tl.constexpr, REST: tl.constexpr, TRAINING: tl.constexpr, PARTS: tl.constexpr,
-    TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS_IN: tl.constexpr,
-    CHUNKS_OUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Gradients over a part of the rows. Grid: (parts, chunks of the input or output).
-
-    LAST: gradients of W3, b3, gamma and beta. REST: those of W1, b1, W2, b2 and the input, which
-    in training need the merged sums of LAST. Program (p, c) owns chunk c of W1, W3 and the
-    input; c = 0 owns everything else. Sums go to row p of part [parts, row_length].
-    """
-    part = tl.program_id(0)
-    unit = tl.program_id(1)
-    row_ptr = part_ptr + part.to(tl.int64) * row_length
-    h = tl.arange(0, BLOCK_H).to(tl.int64)
-    f = tl.arange(0, BLOCK_F)
-    c = tl.arange(0, BLOCK_OUT)
-    in_h = h < H
-    slope = scalar(slope, ACC)
-    scale = scalar(scale, ACC)
-    mean = tl.load(saved_ptr + h, mask=in_h, other=0.0)
-    rstd = tl.load(saved_ptr + H + h, mask=in_h, other=0.0)
-    gamma = load_vector(gamma_ptr, h, in_h, 1.0, ACC)
-    beta = load_vector(beta_ptr, h, in_h, 0.0, ACC)
-    if TRAINING and REST:
-        # Summed over rows: what batch norm takes from every row's gradient.
-        rows = scalar(1.0, ACC) * M
-        mean_gamma = merge_row(part_ptr + at_gamma, row_length, parts, h, in_h, PARTS, ACC) / rows
-        mean_beta = merge_row(part_ptr + at_beta, row_length, parts, h, in_h, PARTS, ACC) / rows
-    in0 = unit * BLOCK_IN
-    out0 = unit * BLOCK_OUT
-    # With one chunk this is the whole first layer, resident for both directions.
-    w1 = load_weight(w1_ptr, 0, F, in0, IN, BLOCK_F, BLOCK_IN)
-    b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
-    w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F) if TWO else w1
-    b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
-    w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-
-    if LAST:
-        dw3 = tl.zeros([BLOCK_OUT, BLOCK_H], ACC)
-        db3 = tl.zeros([BLOCK_OUT], ACC)
-        dgamma = tl.zeros([BLOCK_H], ACC)
-        dbeta = tl.zeros([BLOCK_H], ACC)
-    if REST:
-        dw1 = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
-        db1 = tl.zeros([BLOCK_F], ACC)
-        if TWO:
-            dw2 = tl.zeros([BLOCK_H, BLOCK_F], ACC)
-            db2 = tl.zeros([BLOCK_H], ACC)
-    first = part.to(tl.int64) * rows_per_part
-    last = tl.minimum(first + rows_per_part, M)
-    for start in range(first, last, BLOCK_M):
-        m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
-        in_m = m < last
-        z, a1 = before_norm(
-            x_ptr, m, in_m, w1_ptr, w1, b1, w2, b2, seed_ptr, threshold, scale,
-            stride_xm, stride_xk, IN, F, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, CHUNKS_IN,
-            PRECISION, ACC,
-        )  # fmt: skip
-        normalized = (z - mean[None, :]) * rstd[None, :]
-        u = normalized * gamma[None, :] + beta[None, :]
-        da = tl.zeros([BLOCK_M, BLOCK_H], ACC)
-        if CHUNKS_OUT == 1:
-            g = load_rows(g_ptr, m, in_m, 0, OUT, stride_gm, stride_gn, BLOCK_OUT)
-            da = multiply(g, w3, da, PRECISION)
-        else:
-            for chunk in range(CHUNKS_OUT):
-                at = chunk * BLOCK_OUT
-                g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
-                w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-                da = multiply(g, w, da, PRECISION)
-        du = tl.where(u > 0, da, da * slope)
-        if LAST:
-            if CHUNKS_OUT == 1:
-                g_own = g
-            else:
-                g_own = load_rows(g_ptr, m, in_m, out0, OUT, stride_gm, stride_gn, BLOCK_OUT)
-            a = leaky_relu(u, slope).to(w3.dtype)
-            dw3 = multiply(tl.trans(g_own), a, dw3, PRECISION)
-            db3 += tl.sum(g_own.to(ACC), 0)
-            dbeta += tl.sum(du, 0)
-            # Beyond the last row du is 0, but the rows computed there may hold infinities.
-            dgamma += tl.sum(tl.where(in_m[:, None], du * normalized, 0.0), 0)
-        if REST:
-            if TRAINING:
-                du = du - mean_beta[None, :] - normalized * mean_gamma[None, :]
-            dz = tl.where(in_m[:, None], du * (rstd * gamma)[None, :], 0.0)
-            if TWO:
-                db2 += tl.sum(dz, 0)
-                dz = dz.to(w2.dtype)
-                dw2 = multiply(tl.trans(dz), a1, dw2, PRECISION)
-                da1 = multiply(dz, w2, tl.zeros([BLOCK_M, BLOCK_F], ACC), PRECISION)
-                dz1 = tl.where(a1 <= 0, 0.0, da1 * scale)
-            else:
-                dz1 = dz
-            db1 += tl.sum(dz1, 0)
-            dz1 = dz1.to(w1.dtype)
-            x = load_rows(x_ptr, m, in_m, in0, IN, stride_xm, stride_xk, BLOCK_IN)
-            dw1 = multiply(tl.trans(dz1), x, dw1, PRECISION)
-            if dx_ptr is not None:
-                zero = tl.zeros([BLOCK_M, BLOCK_IN], ACC)
-                dx = multiply(dz1, w1, zero, PRECISION)
-                i = in0 + tl.arange(0, BLOCK_IN)
-                dx_at = dx_ptr + m[:, None] * IN + i[None, :]
-                mask = in_m[:, None] & (i < IN)[None, :]
-                tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if LAST:
-        store_weight(row_ptr + at_w3, dw3, out0, OUT, 0, H)
-        tl.store(row_ptr + at_b3 + out0 + c, db3, mask=out0 + c < OUT)
-        if unit == 0:
-            tl.store(row_ptr + at_gamma + h, dgamma, mask=in_h)
-            tl.store(row_ptr + at_beta + h, dbeta, mask=in_h)
-    if REST:
-        store_weight(row_ptr, dw1, 0, F, in0, IN)
-        if unit == 0:
-            tl.store(row_ptr + at_b1 + f, db1, mask=f < F)
-            if TWO:
-                store_weight(row_ptr + at_w2, dw2, 0, H, 0, F)
-                tl.store(row_ptr + at_b2 + h, db2, mask=in_h)
+                tl.store(y_at + at, cast(y, y_ptr.dtype.element_ty), mask=mask)

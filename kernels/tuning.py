@@ -41,7 +41,7 @@ def launch(kernel, grid, arguments, constants, tiles, names):
         names: the kernel's names for rows, columns and depth.
     """
     if enabled():
-        _tuner(kernel, tuple(tiles), names)[grid](*arguments, **constants, enable_fp_fusion=True)
+        _tuner(kernel, tuple(tiles), names)[grid](*arguments, **constants, enable_fp_fusion=False)
         return
     tile = tiles[0]
     meta = dict(zip(names, (tile.rows, tile.columns, tile.depth), strict=True))

@@ -14,9 +14,11 @@ import triton
 TILE = 4096  # elements: four 16-byte loads in flight for each of 256 threads in float32
 SEGMENT = 128  # bytes of neighbouring groups that a tile takes: a full cache line
 MAX_PROGRAMS = 512
-# A part costs every program of the second launch 16 bytes or so per group. This many bytes of a
-# group for each squared part keep all those reads near 3 % of the traffic.
+# A part costs every program of the second launch 16 bytes or so per group; with few groups a tile,
+# several lanes ask for the same ones. This many bytes of a group for each squared part keep all
+# those reads near 3 % of the traffic.
 BYTES_PER_SQUARED_PART = 128
+BYTES_PER_SQUARED_PART_NARROW = 512
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def plan(kept, outer, inner, itemsize, kept_is_contiguous):
     tiles_l = triton.cdiv(inner, block_l)
     tiles = triton.cdiv(outer, block_o) * tiles_l
     blocks_k = triton.cdiv(kept, block_k)
-    most = math.isqrt(outer * inner * itemsize // BYTES_PER_SQUARED_PART)
+    share = BYTES_PER_SQUARED_PART if block_k >= 16 else BYTES_PER_SQUARED_PART_NARROW
+    most = math.isqrt(outer * inner * itemsize // share)
     parts = max(1, min(tiles, most, MAX_PROGRAMS // blocks_k))
     per_part = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, per_part)

@@ -1,0 +1,105 @@
+"""What a step asks of the machine: ops and bytes from the op list, peak memory, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# They make another tensor over the same memory: no work.
+_VIEWS = ("view", "t", "transpose", "expand", "detach", "alias", "_unsafe_view", "unsqueeze",
+          "squeeze", "permute", "slice", "select", "as_strided")  # fmt: skip
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts the ops that move data, and the bytes of what they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in _VIEWS:
+            self.ops += 1
+            for leaf in (*tree_leaves((args, kwargs)), *tree_leaves(out)):
+                if isinstance(leaf, Tensor):
+                    self.bytes += leaf.untyped_storage().nbytes() if 0 in leaf.stride() else (
+                        leaf.numel() * leaf.element_size()
+                    )
+        return out
+
+
+def count_ops(step: Callable[[], object]) -> tuple[int, int]:
+    """Return (ops, bytes) of a plain PyTorch step. Fused modules would step aside for this."""
+    with OpCounter() as counter:
+        step()
+    return counter.ops, counter.bytes
+
+
+def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
+    """Return the most bytes a step holds above what was allocated before it.
+
+    On a GPU by ``torch.cuda.max_memory_allocated``, on the CPU by the allocator's own events. What
+    a library takes past PyTorch's allocator is not seen; None where there are no events.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = peak = 0
+    for event in events:
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak if events else None
+
+
+def launches(step: Callable[[], object]) -> int:
+    """Return how many kernels a step launches on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()
+    )
+
+
+def gpu_times(step: Callable[[], object]) -> dict[str, float]:
+    """Return device time by CUDA events, by graph replay, and the host's time for a call, in s."""
+    import time
+
+    from triton import testing
+
+    found = {"event_s": testing.do_bench(step, return_mode="median") / 1e3}
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph = testing.do_bench_cudagraph(step, return_mode="median")
+        found["graph_s"] = graph / 1e3
+    except (RuntimeError, AssertionError):  # a step that waits for the GPU cannot be captured
+        torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):  # few enough not to fill the queue
+        step()
+    found["host_s"] = (time.perf_counter() - start) / 20
+    torch.cuda.synchronize()
+    return found

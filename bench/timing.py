@@ -1,0 +1,128 @@
+"""Time contestants against each other in one process, in turns, and say how sure the result is."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure one case.
+
+    Attributes:
+        seconds: what all contestants of a case may take together, once warmed up.
+        sample: the least length of one sample in seconds; shorter steps are repeated inside it.
+        rounds: least and most samples a contestant.
+    """
+
+    seconds: float = 1.5
+    sample: float = 1e-3
+    rounds: tuple[int, int] = (7, 51)
+    warm_up: float = 0.05
+
+
+SMOKE = Budget(seconds=0.0, sample=0.0, rounds=(2, 2), warm_up=0.0)
+
+
+@dataclass
+class Samples:
+    """Seconds a call of one contestant, one entry a round."""
+
+    first_call: float = 0.0  # the very first, with compiling and packing
+    seconds: list[float] = field(default_factory=list)
+
+
+def interleave(
+    steps: Mapping[str, Step], budget: Budget, synchronize: Callable[[], None] = lambda: None
+) -> dict[str, Samples]:
+    """Time every step once a round, in a new order each round.
+
+    A machine that slows down slows all of them alike, so ratios within a round stay right. On a
+    GPU a sample is the host's wall time between two synchronizations.
+
+    Args:
+        steps: what to call, by contestant.
+        budget: how long.
+        synchronize: waits for the device.
+    """
+    result = {}
+    for name, step in steps.items():
+        start = time.perf_counter()
+        step()
+        synchronize()
+        result[name] = Samples(time.perf_counter() - start)
+    repeats = {name: _warm_up(step, budget, synchronize) for name, step in steps.items()}
+    order = list(steps)
+    shuffle = random.Random(0).shuffle
+    least, most = budget.rounds
+    start = time.perf_counter()
+    for round_ in range(most):
+        if round_ >= least and time.perf_counter() - start > budget.seconds:
+            break
+        shuffle(order)
+        for name in order:
+            result[name].seconds.append(_sample(steps[name], repeats[name], synchronize))
+    return result
+
+
+def _sample(step: Step, repeats: int, synchronize: Callable[[], None]) -> float:
+    turns = range(repeats)
+    clock = time.perf_counter
+    start = clock()
+    for _ in turns:
+        step()
+    synchronize()
+    return (clock() - start) / repeats
+
+
+def _warm_up(step: Step, budget: Budget, synchronize: Callable[[], None]) -> int:
+    """Run the step until caches, clocks and allocators have settled; return repeats a sample."""
+    end = time.perf_counter() + budget.warm_up
+    shortest = _sample(step, 1, synchronize)
+    while time.perf_counter() < end:
+        shortest = min(shortest, _sample(step, 1, synchronize))
+    return max(1, min(100_000, round(budget.sample / max(shortest, 1e-7))))
+
+
+# ------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles beside it."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def relative(self) -> float:
+        """Half the distance of the quartiles over the median."""
+        return (self.high - self.low) / 2 / self.median if self.median else 0.0
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return median and quartiles of at least one value."""
+    if not values:
+        raise ValueError("spread() of no values")
+    ordered = sorted(values)
+    return Spread(*(quantile(ordered, q) for q in (0.5, 0.25, 0.75)), len(ordered))
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """Return the q-quantile of ascending values, between two of them by straight line."""
+    place = q * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> Spread:
+    """Return how many times longer ``slow`` takes, from the ratios within each round."""
+    return spread([s / f for s, f in zip(slow, fast, strict=True)])

@@ -1,0 +1,362 @@
+"""The Triton kernels' PTX, executed in ptxsim: values, block order, memory traffic, launches.
+
+Shared-memory races and reads of shared memory nobody wrote raise; torch fills fresh tensors with
+NaN here, so a read of an output nobody wrote shows in the result. Where a GPU is at hand the
+common tests run the same kernels on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support import INTERPRETED
+from torch import Tensor
+
+from fused_mlp import reference
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if INTERPRETED:
+    pytest.skip("Triton was imported to interpret, not to compile", allow_module_level=True)
+
+from ptxsim import LaunchStats, triton_driver  # noqa: E402
+
+SEED = (123456789012345678, -987654321987)
+BOTH = pytest.mark.parametrize(
+    "cc", [pytest.param(80, marks=pytest.mark.slow, id="sm_80"), pytest.param(90, id="sm_90")]
+)
+Op = Callable[[], list[Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _simulator() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+    triton_driver.uninstall()
+    torch.set_float32_matmul_precision("highest")
+
+
+def simulate(cc: int, op: Op, **options: object) -> tuple[list[Tensor], list[LaunchStats]]:
+    """Run ``op`` on the simulator and return its results and one record a launch."""
+    triton_driver.reset()
+    triton_driver.install(cc=cc, stats=True, **options)
+    try:
+        return op(), triton_driver.records()
+    finally:
+        triton_driver.uninstall()
+
+
+def check(cc: int, op: Op, expected: list[Tensor], tolerance: float) -> list[LaunchStats]:
+    """Compare with float64 results, and bit for bit with another order of blocks and threads."""
+    results, records = simulate(cc, op, check_races=True, check_uninit=True)
+    assert len(results) == len(expected)
+    for result, exact in zip(results, expected, strict=True):
+        scale = max(exact.abs().max().item(), 1.0)
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=tolerance * scale)
+    shuffled, _ = simulate(cc, op, shuffle=7)
+    for result, other in zip(results, shuffled, strict=True):
+        assert torch.equal(result, other), "another order of blocks gives other bits"
+    return records
+
+
+def double(value: object) -> object:
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [double(v) for v in value]
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if floating else value  # type: ignore[union-attr]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return {torch.float32: 2e-6, torch.float64: 1e-13}.get(dtype, 2e-2)
+
+
+def names(records: list[LaunchStats]) -> list[str]:
+    return [r.kernel.removesuffix("_kernel") for r in records]
+
+
+def moved(records: list[LaunchStats]) -> int:
+    """Bytes asked of global memory."""
+    return sum(r.load_bytes + r.store_bytes for r in records)
+
+
+def assert_lean(records: list[LaunchStats], need: int) -> None:
+    """At most 1.1 times the bytes needed, and at least 90 % of every sector used."""
+    assert moved(records) <= 1.1 * need, f"{moved(records) / need:.3f} times the need"
+    total = LaunchStats.total(records)
+    assert total.load_efficiency >= 0.9
+    assert total.store_efficiency >= 0.9
+
+
+# ------------------------------------------------------------------------------- normalize
+
+
+def normalize_op(x: Tensor, g: Tensor, dim: list[int] | None) -> tuple[Op, list[Tensor]]:
+    from fused_mlp.kernels import normalize as kernels
+
+    def run(module: object, x: Tensor, g: Tensor) -> list[Tensor]:
+        y, mean, std = module.normalize(x, dim, 1.0, 1e-3)  # type: ignore[attr-defined]
+        dx = module.normalize_backward(g, x, mean, std, dim, 1.0, 1e-3)  # type: ignore[attr-defined]
+        return [y, mean, std, dx]
+
+    return lambda: run(kernels, x, g), run(reference, x.double(), g.double())
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((700, 37), None), ((600, 32), [0]), ((33, 70), [1]), ((5, 6, 7), [0, 2])]
+)
+def test_normalize(cc: int, dtype: torch.dtype, shape: tuple[int, ...], dim: list[int]) -> None:
+    x, g = torch.randn(2, *shape).to(dtype).unbind()
+    op, expected = normalize_op(x, g, dim)
+    check(cc, op, expected, tolerance(dtype))
+
+
+@BOTH
+def test_normalize_traffic(cc: int) -> None:
+    x, g = torch.randn(2, 4096, 64).unbind()
+    size = x.numel() * x.element_size()
+    op, _ = normalize_op(x, g, None)
+    _, records = simulate(cc, op)
+    assert names(records) == ["moments", "normalize", "normalize_grad_sums", "normalize_grad"]
+    assert_lean(records[:2], 3 * size)  # x twice, y
+    assert_lean(records[2:], 5 * size)  # x and g twice, dx
+    op, _ = normalize_op(x, g, [1])
+    _, records = simulate(cc, op)
+    assert names(records) == ["normalize", "normalize_grad"]
+    assert_lean(records, 8 * size)
+
+
+@BOTH
+def test_normalize_far_from_zero(cc: int) -> None:
+    """1e4 +- 1e-2 keeps its digits: the standard deviation is as good as torch's."""
+    x = torch.randn(3, 5000) * 1e-2 + 1e4
+    op, (y, _, std, _) = normalize_op(x, torch.zeros_like(x), None)
+    results, _ = simulate(cc, op)
+    theirs = (x.std().double() - std).abs() / std
+    assert (results[2].double() - std).abs() / std <= theirs + 1e-6
+    torch_y = (x - x.mean()) / (x.std() + 1e-3)
+    assert (results[0].double() - y).abs().max() <= (torch_y.double() - y).abs().max() + 1e-5
+
+
+# ---------------------------------------------------------------------------- linear_relu
+
+
+def linear_op(
+    x: Tensor, weight: Tensor, bias: Tensor, p: float, g: Tensor
+) -> tuple[Op, list[Tensor]]:
+    from fused_mlp.kernels import linear_relu as kernels
+
+    seed = torch.tensor(SEED)
+
+    def op() -> list[Tensor]:
+        y = kernels.linear_relu(x, weight, bias, p, seed)
+        return [y, *kernels.linear_relu_backward(g, x, weight, y, p, [True] * 3)]
+
+    exact = reference.linear_relu(x.double(), weight.double(), bias.double(), p, seed)
+    gradients = reference.linear_relu_backward(
+        g.double(), x.double(), weight.double(), exact, p, [True] * 3
+    )
+    return op, [exact, *gradients]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float32, "highest"),
+        (torch.float32, "high"),
+        (torch.bfloat16, "highest"),
+        pytest.param(torch.float16, "highest", marks=pytest.mark.slow),
+        pytest.param(torch.float64, "highest", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "sizes", [(70, 10, 21), pytest.param((600, 40, 70), marks=pytest.mark.slow)]
+)
+def test_linear_relu(
+    cc: int, dtype: torch.dtype, precision: str, sizes: tuple[int, int, int]
+) -> None:
+    torch.set_float32_matmul_precision(precision)
+    rows, inputs, outputs = sizes
+    x, g = torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    op, expected = linear_op(x, weight, bias, 0.3, g)
+    if precision == "high" or dtype.itemsize == 2:  # a gate may flip where the value is near 0
+        results, _ = simulate(cc, op, check_races=True, check_uninit=True)
+        y = results[0].double()
+        expected[1:] = reference.linear_relu_backward(
+            g.double(), x.double(), weight.double(), y, 0.3, [True] * 3
+        )
+    loose = 1e-2 if precision == "high" else tolerance(dtype)
+    check(cc, op, expected, loose)
+
+
+@BOTH
+def test_linear_relu_traffic(cc: int) -> None:
+    """With one tile across, x is read once and y written once; backward reads y, g and x."""
+    rows, inputs, outputs = 1024, 32, 64
+    torch.set_float32_matmul_precision("high")
+    x, g = torch.randn(rows, inputs), torch.randn(rows, outputs)
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    op, _ = linear_op(x, weight, bias, 0.3, g)
+    _, records = simulate(cc, op)
+    assert names(records) == [
+        "linear_relu", "linear_relu_grad_input", "linear_relu_grad_weight", "merge"
+    ]  # fmt: skip
+    forward, grad_input, grad_weight, _ = records
+    sizes = [4 * t.numel() for t in (x, weight, bias, g)]
+    dram = [r.dram_read_bytes + r.dram_write_bytes for r in (forward, grad_input, grad_weight)]
+    size_x, size_w, size_b, size_y = sizes
+    assert dram[0] <= 1.1 * (size_x + size_w + size_b + size_y)
+    assert dram[1] <= 1.1 * (2 * size_y + size_w + size_x)
+    assert dram[2] <= 1.1 * (2 * size_y + size_x + 4 * (size_w + size_b))  # four parts
+    assert forward.load_efficiency >= 0.9
+    assert forward.store_efficiency >= 0.9
+
+
+# ------------------------------------------------------------------ batch_norm_leaky_relu
+
+
+def batch_norm_op(x: Tensor, g: Tensor, training: bool) -> tuple[Op, list[Tensor]]:
+    from fused_mlp.kernels import batch_norm_leaky_relu as kernels
+
+    channels = x.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    mean, var, weight, bias = (torch.rand(4, channels, generator=generator) + 0.5).to(x).unbind()
+
+    def run(module: object, cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        running = [cast(mean).clone(), cast(var).clone(), torch.tensor(4)]
+        arguments = cast(x), cast(weight), cast(bias)
+        y, saved_mean, rstd = module.batch_norm_leaky_relu(  # type: ignore[attr-defined]
+            arguments[0], *running, *arguments[1:], training, 0.1, 1e-5, 0.01
+        )
+        gradients = module.batch_norm_leaky_relu_backward(  # type: ignore[attr-defined]
+            cast(g), *arguments, saved_mean, rstd, training, 0.01, [True] * 3
+        )
+        return [y, saved_mean, rstd, *running[:2], running[2].double(), *gradients]
+
+    return lambda: run(kernels, lambda t: t), run(reference, lambda t: t.double())
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(70, 20), (1500, 32), (20, 6, 7)])
+def test_batch_norm(cc: int, dtype: torch.dtype, shape: tuple[int, ...], training: bool) -> None:
+    x, g = torch.randn(2, *shape).to(dtype).unbind()
+    op, expected = batch_norm_op(x, g, training)
+    check(cc, op, expected, tolerance(dtype))
+
+
+@BOTH
+@pytest.mark.parametrize("columns", [32, pytest.param(96, marks=pytest.mark.slow)])
+def test_batch_norm_traffic(cc: int, columns: int) -> None:
+    """Training reads x twice and writes y once; backward reads x and g twice and writes dx."""
+    x, g = torch.randn(2, 4096, columns).unbind()
+    size = x.numel() * x.element_size()
+    op, _ = batch_norm_op(x, g, True)
+    _, records = simulate(cc, op)
+    op_name = "batch_norm_leaky_relu"
+    assert names(records) == ["moments", op_name, f"{op_name}_grad_sums", f"{op_name}_grad"]
+    assert min(r.grid[0] * r.grid[1] for r in records) > 1, "rows are not split"
+    assert_lean(records[:2], 3 * size)
+    assert_lean(records[2:], 5 * size)
+    op, _ = batch_norm_op(x, g, False)
+    _, records = simulate(cc, op)
+    assert names(records) == [op_name, f"{op_name}_grad_sums", f"{op_name}_grad"]
+    assert_lean(records[:1], 2 * size)
+    assert_lean(records[1:], 3 * size)
+
+
+# --------------------------------------------------------------------------- research_net
+
+
+def network_op(
+    rows: int, widths: tuple[int, ...], dtype: torch.dtype, training: bool
+) -> tuple[Op, list[Tensor]]:
+    from fused_mlp.kernels import research_net as kernels
+
+    layers, channels = len(widths) - 1, widths[-2]
+    assert kernels.fits(widths, dtype)
+    x, g = torch.randn(rows, widths[0]).to(dtype), torch.randn(rows, widths[-1]).to(dtype)
+    weights = [
+        (torch.randn(n, k) / k**0.5).to(dtype) for k, n in zip(widths, widths[1:], strict=False)
+    ]
+    biases = [(torch.randn(n) / 4).to(dtype) for n in widths[1:]]
+    gamma, beta = (torch.rand(2, channels) + 0.5).to(dtype).unbind()
+    mean, var = torch.randn(channels).to(dtype) / 4, (torch.rand(channels) + 0.5).to(dtype)
+    seed, dropout = torch.tensor(SEED), [0.3] * (layers - 2)
+
+    def run(module: object, cast: Callable[[object], object]) -> list[Tensor]:
+        running = [cast(mean).clone(), cast(var).clone(), torch.tensor(4)]  # type: ignore[attr-defined]
+        network = [cast(v) for v in (x, weights, biases, gamma, beta)]
+        y, saved = module.research_net(  # type: ignore[attr-defined]
+            *network, *running, training, dropout, seed, 0.1, 1e-5, 0.01
+        )
+        gradients = module.research_net_backward(  # type: ignore[attr-defined]
+            cast(g), *network, saved, training, dropout, seed, 0.01, [True] * (2 * layers + 3)
+        )
+        return [y, saved, *running[:2], *gradients]
+
+    return lambda: run(kernels, lambda t: t), run(reference, double)
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "widths", "precision"),
+    [
+        (100, (10, 64, 32, 5), "highest"),
+        pytest.param(150, (10, 64, 32, 5), "high", marks=pytest.mark.slow),
+        pytest.param(70, (9, 20, 7), "highest", marks=pytest.mark.slow),
+        pytest.param(70, (100, 128, 72, 80), "high", marks=pytest.mark.slow),
+    ],
+)
+def test_research_net(
+    cc: int, rows: int, widths: tuple[int, ...], precision: str, training: bool
+) -> None:
+    torch.set_float32_matmul_precision(precision)
+    op, expected = network_op(rows, widths, torch.float32, training)
+    if precision == "high":  # tf32: gates flip, so single elements differ; sums must not by much
+        results, records = simulate(cc, op, check_races=True, check_uninit=True)
+        for result, exact in zip(results, expected, strict=True):
+            error = (result.double() - exact).norm() / (exact.norm() + 1e-2 * exact.numel() ** 0.5)
+            assert error < 0.1
+        shuffled, _ = simulate(cc, op, shuffle=7)
+        assert all(map(torch.equal, results, shuffled))
+    else:
+        records = check(cc, op, expected, 5e-6)
+    kernels = names(records)
+    forward = ["research_net_statistics", "research_net"] if training else ["research_net"]
+    backward = ["research_net_grad"] * (2 if training else 1) + ["merge"]
+    assert kernels == forward + backward
+
+
+@BOTH
+def test_research_net_traffic(cc: int) -> None:
+    """Nothing of the batch's size moves but the input (twice) and the output."""
+    rows, widths = 4096, (32, 32, 32, 32)
+    torch.set_float32_matmul_precision("high")
+    op, _ = network_op(rows, widths, torch.float32, True)
+    _, records = simulate(cc, op)
+    size = 4 * rows * 32
+    weights = 4 * 3 * (32 * 32 + 32)
+    statistics, forward, last, rest, merge = records
+    programs = statistics.grid[0]
+
+    def dram(record: LaunchStats) -> int:
+        return record.dram_read_bytes + record.dram_write_bytes
+
+    # Every program leaves a row of moments, and in backward one of gradients.
+    moments, gradients = programs * 4 * (3 * 32 + 1), programs * (weights + 4 * 2 * 32)
+    assert dram(statistics) <= 1.1 * (size + weights + moments)
+    assert dram(forward) <= 1.1 * (2 * size + weights + moments)
+    assert dram(last) + dram(rest) <= 1.1 * (5 * size + 2 * weights + gradients)
+    assert dram(merge) <= 1.1 * (gradients + weights + 4 * 2 * 32)
+    # Weights are loaded once a program, whatever number of blocks of rows it walks over.
+    for record in (statistics, forward, last, rest):
+        for name in ("w1_ptr", "w2_ptr"):
+            assert 32 * record.buffers[name].read_sectors == 4 * 32 * 32
