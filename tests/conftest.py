@@ -37,6 +37,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fused_mlp")
 
+_THREADS = torch.get_num_threads()
 _CHOSEN = os.environ.get("FUSED_MLP_BACKEND", "auto")
 
 
@@ -78,12 +79,21 @@ def backend(target: tuple[torch.device, str]) -> str:
 
 @pytest.fixture(autouse=True)
 def _same_state() -> Iterator[None]:
-    """Seed torch's generators and give back the number of threads."""
+    """Seed torch's generators, run on one thread, and give back the number of threads.
+
+    Torch splits even small operations, and where other processes hold the cores each split waits
+    for them: these files then take ten times as long. ``all_threads`` is for what needs several.
+    """
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(_THREADS)
+
+
+@pytest.fixture
+def all_threads(_same_state: None) -> None:
+    """Run the test on several threads, two at least."""
+    torch.set_num_threads(max(2, _THREADS))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

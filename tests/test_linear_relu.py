@@ -37,6 +37,7 @@ def test_odd_shapes(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2000, 10, 64), (1000, 64, 64), (70, 700, 130), (513, 129, 1)])
+@pytest.mark.usefixtures("all_threads")
 def test_larger(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     rows, in_features, out_features = shape
     if INTERPRETED:
@@ -220,6 +221,7 @@ def test_bad_arguments(device: torch.device, call, error, message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 def test_more_than_2_31_outputs(device: torch.device, backend: str) -> None:
     if backend == "reference":
         pytest.skip("plain PyTorch makes copies of everything")
@@ -242,6 +244,7 @@ def test_more_than_2_31_outputs(device: torch.device, backend: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 def test_more_than_2_31_inputs(device: torch.device, backend: str) -> None:
     if backend == "reference":
         pytest.skip("plain PyTorch makes copies of everything")

@@ -79,6 +79,7 @@ def test_columns(device: torch.device, dtype: torch.dtype, size: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [None, (0,), (1,)])
+@pytest.mark.usefixtures("all_threads")
 def test_larger(device: torch.device, dim) -> None:
     shape = (300, 33) if INTERPRETED else (20011, 33)
     check_case(normalize_case(shape, dim, device=device))
@@ -233,6 +234,7 @@ def test_bad_arguments(device: torch.device, call, error, message: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [None, (0,), (1,)])
+@pytest.mark.usefixtures("all_threads")
 def test_more_than_2_31_elements(device: torch.device, backend: str, dim) -> None:
     if backend == "reference":
         pytest.skip("plain PyTorch makes float32 copies of everything")

@@ -89,6 +89,7 @@ def test_wide(device: torch.device, training: bool, widths: tuple[int, ...]) -> 
     check_case(research_case(9 if INTERPRETED else 70, widths, training, 0.3, device=device))
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_larger(device: torch.device) -> None:
     rows = 300 if INTERPRETED else 5003
     for training in (True, False):
@@ -309,6 +310,7 @@ def test_bad_arguments(device: torch.device, changes, error, message: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 def test_more_than_2_31_elements(device: torch.device, backend: str) -> None:
     if backend == "reference":
         pytest.skip("plain PyTorch keeps every activation")

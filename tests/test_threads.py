@@ -72,6 +72,7 @@ def test_threads(device: torch.device, own_kernels: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("all_threads")
 def test_runs(device: torch.device, own_kernels: str, name: str, dtype: torch.dtype) -> None:
     case = CASES[name](dtype=dtype, device=device)
     first = results(case)
@@ -91,6 +92,7 @@ def test_running_statistics(device: torch.device, own_kernels: str, threads: int
     assert_same_bits(*found)
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_python_threads(device: torch.device, own_kernels: str) -> None:
     """Several Python threads may call the ops at once."""
     from concurrent.futures import ThreadPoolExecutor
