@@ -11,7 +11,7 @@ from cuda_fixtures import CPU, cuda_library, gpu, gpu80, simulate, tf32  # noqa:
 from cuda_simulator import Simulator
 from support import DTYPES, check_case, lay_out, research_case
 
-from fused_mlp.ops import research_net as research_op
+from fused_mlp import backends
 
 KERNELS = torch.ops.fused_mlp_kernels
 REFERENCE = (10, 64, 32, 5)
@@ -28,7 +28,7 @@ def _fits(cuda_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:  
             cuda_library.fused_mlp_research_net_fits(array, len(widths), input.element_size())
         )
 
-    monkeypatch.setattr(research_op.backends, "fits", fits)
+    monkeypatch.setattr(backends, "fits", fits)
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,15 @@ def test_dtypes(gpu: Simulator, dtype: torch.dtype, training: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [(128, 128, 64, 10), (33, 100, 47, 65, 20), (5, 130, 1)])
-def test_wide(gpu: Simulator, dtype: torch.dtype, widths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("widths", [(128, 128, 32, 10), (33, 100, 47, 65, 20), (5, 130, 1)])
+def test_wide(
+    simulate: Callable[..., Simulator],  # noqa: F811
+    dtype: torch.dtype,
+    widths: tuple[int, ...],
+) -> None:
     """Whatever the device takes in one op is right; the rest goes op by op."""
-    gpu.shared_bytes_per_block = 227 * 1024
-    check_case(research_case(150, widths, True, p=0.3, dtype=dtype, device=CPU))
+    with simulate(arch=90, shared_bytes_per_block=227 * 1024).running():
+        check_case(research_case(150, widths, True, p=0.3, dtype=dtype, device=CPU))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "columns", "gap", "steps", "offset", "expanded"])

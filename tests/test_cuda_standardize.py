@@ -53,12 +53,12 @@ def test_normalize_keeps_small_deviations(gpu80: Simulator) -> None:
 
 
 def test_large_is_cut_into_chunks(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
-    simulator = simulate(multiprocessors=3)
+    simulator = simulate(multiprocessors=5)
     with simulator.running():
         check_case(normalize_case((20011,), None, device=CPU))
         check_case(batch_norm_case((1511, 12), True, device=CPU))
         check_case(batch_norm_case((1511, 13), True, device=CPU))
-        check_case(batch_norm_case((60, 3, 161), True, device=CPU))
+        check_case(batch_norm_case((60, 3, 301), True, device=CPU))
     assert len(simulator.records) == 4 * (2 + 2)
     assert max(record.grid[0] for record in simulator.records) > 1
 
@@ -75,14 +75,10 @@ def test_batch_norm_dtypes(gpu: Simulator, dtype: torch.dtype, training: bool) -
     check_case(batch_norm_case((50, 24), training, dtype=dtype, device=CPU))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_batch_norm_float32_parameters(gpu80: Simulator, dtype: torch.dtype) -> None:
-    for training in (True, False):
-        check_case(
-            batch_norm_case(
-                (50, 24), training, dtype=dtype, parameter_dtype=torch.float32, device=CPU
-            )
-        )
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_float32_parameters(gpu80: Simulator, training: bool) -> None:
+    options = {"dtype": torch.bfloat16, "parameter_dtype": torch.float32, "device": CPU}
+    check_case(batch_norm_case((50, 24), training, **options))
 
 
 @pytest.mark.parametrize("affine", ["weight", "bias", "none"])
@@ -175,13 +171,13 @@ def test_traffic(simulate: Callable[..., Simulator], op: str, dtype: torch.dtype
     forward, backward = stats[:2], stats[2:]
     # Besides x: the partial statistics, which are small.
     assert sum(s.dram_read_bytes for s in forward) <= 1.05 * 2 * size
-    assert sum(s.load_bytes for s in forward) <= 1.15 * 2 * size
     assert sum(s.dram_write_bytes for s in forward) <= 1.05 * size
     assert sum(s.dram_read_bytes for s in backward) <= 1.05 * 4 * size
     assert sum(s.dram_write_bytes for s in backward) <= 1.05 * size
     for s in stats:
         assert s.atomics == 0
-        assert s.load_efficiency >= 0.99 and s.store_efficiency >= 0.9
+        assert s.load_efficiency >= 0.99
+        assert s.store_efficiency >= 0.99 or s.store_bytes < size / 10  # a few partial sums
         assert s.shared_wavefronts <= 1.1 * s.shared_ideal_wavefronts
 
 

@@ -3,8 +3,8 @@
 // Philox4x32-10 (Salmon et al., SC 2011) with
 //     key     = (lo32(seed[0]), hi32(seed[0]))
 //     counter = (lo32(row), hi32(row), column / 8, lo32(seed[1] + stream))
-// gives four words for eight neighbouring columns: column 8 g + j takes word j / 2, its low half for
-// even j and its high half for odd j. An element is kept when its 16-bit number reaches
+// gives four words for eight neighbouring columns: column 8 g + j takes word j / 2, its low half
+// for even j and its high half for odd j. An element is kept when its 16-bit number reaches
 // threshold(p) = round_half_even(p * 65536).
 //
 // Host and device. Everything has internal linkage, because the file is compiled into translation

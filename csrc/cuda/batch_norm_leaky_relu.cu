@@ -38,8 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(
   p.bias = data(biases);
   p.running_mean = mutable_data(means.dense);
   p.running_var = mutable_data(vars.dense);
-  p.batches_tracked =
-      training ? static_cast<int64_t*>(mutable_data(num_batches_tracked)) : nullptr;
+  p.batches_tracked = training ? static_cast<int64_t*>(mutable_data(num_batches_tracked)) : nullptr;
   p.flags = (training ? 0 : kGivenStatistics) | wide_flag(weight, x, kWideWeight) |
             wide_flag(bias, x, kWideBias) | wide_flag(running_mean, x, kWideRunningMean) |
             wide_flag(running_var, x, kWideRunningVar);

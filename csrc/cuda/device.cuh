@@ -54,14 +54,46 @@ struct alignas(N * sizeof(T)) Pack {
   T at[N];
 };
 
+// The built-in type of one access of so many bytes. Accesses go through it because the compiler
+// splits a struct's copy into its members, and then does not always join them again.
+template <int BYTES>
+struct Word {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
 template <int N, class T>
 FUSED_MLP_DEVICE Pack<T, N> load_pack(const T* from) {
-  return *reinterpret_cast<const Pack<T, N>*>(from);
+  Pack<T, N> pack;
+  if constexpr (N == 1) {
+    pack.at[0] = *from;
+  } else {
+    const auto word = *reinterpret_cast<const typename Word<N * sizeof(T)>::type*>(from);
+    memcpy(&pack, &word, sizeof(pack));
+  }
+  return pack;
 }
 
 template <int N, class T>
-FUSED_MLP_DEVICE void store_pack(T* to, const Pack<T, N>& value) {
-  *reinterpret_cast<Pack<T, N>*>(to) = value;
+FUSED_MLP_DEVICE void store_pack(T* to, const Pack<T, N>& pack) {
+  if constexpr (N == 1) {
+    *to = pack.at[0];
+  } else {
+    typename Word<N * sizeof(T)>::type word;
+    memcpy(&word, &pack, sizeof(pack));
+    *reinterpret_cast<typename Word<N * sizeof(T)>::type*>(to) = word;
+  }
 }
 
 template <class T>

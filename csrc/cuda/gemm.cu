@@ -21,10 +21,10 @@ FUSED_MLP_DEVICE void run(const GemmParameters& p) {
 #endif
 #define FUSED_MLP_ON_ALL(...) __VA_ARGS__
 
-#define FUSED_MLP_GEMM_KERNEL(suffix, on, ...)                                     \
-  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_gemm_##suffix(    \
-      const __grid_constant__ fused_mlp::cuda::GemmParameters p) {                 \
-    on(fused_mlp::cuda::gemm::run<__VA_ARGS__>(p));                                \
+#define FUSED_MLP_GEMM_KERNEL(suffix, on, ...)                                             \
+  extern "C" __global__ void __launch_bounds__(256, 2)                                     \
+      fused_mlp_gemm_##suffix(const __grid_constant__ fused_mlp::cuda::GemmParameters p) { \
+    on(fused_mlp::cuda::gemm::run<__VA_ARGS__>(p));                                        \
   }
 
 FUSED_MLP_GEMM_KERNEL(f32, FUSED_MLP_ON_ALL, fused_mlp::cuda::Fma<float, float>)
@@ -35,14 +35,14 @@ FUSED_MLP_GEMM_KERNEL(f16, FUSED_MLP_ON_NEW, fused_mlp::cuda::Mma16<__half>)
 FUSED_MLP_GEMM_KERNEL(bf16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__nv_bfloat16, float>)
 FUSED_MLP_GEMM_KERNEL(f16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__half, float>)
 
-#define FUSED_MLP_ELEMENT_KERNEL(suffix, T)                                          \
+#define FUSED_MLP_ELEMENT_KERNEL(suffix, T)                                           \
   extern "C" __global__ void __launch_bounds__(256) fused_mlp_relu_elements_##suffix( \
-      const __grid_constant__ fused_mlp::cuda::ElementParameters p) {                \
-    using namespace fused_mlp::cuda;                                                 \
-    if (p.vectors)                                                                   \
-      gemm::elements<T, kPackWidth<T>>(p);                                           \
-    else                                                                             \
-      gemm::elements<T, 1>(p);                                                       \
+      const __grid_constant__ fused_mlp::cuda::ElementParameters p) {                 \
+    using namespace fused_mlp::cuda;                                                  \
+    if (p.vectors)                                                                    \
+      gemm::elements<T, kPackWidth<T>>(p);                                            \
+    else                                                                              \
+      gemm::elements<T, 1>(p);                                                        \
   }
 
 FUSED_MLP_ELEMENT_KERNEL(f32, float)
@@ -71,7 +71,7 @@ const Kernel<ElementParameters> kElements[kDTypes] = {
     FUSED_MLP_KERNEL(fused_mlp_relu_elements_f32), FUSED_MLP_KERNEL(fused_mlp_relu_elements_f64),
     FUSED_MLP_KERNEL(fused_mlp_relu_elements_bf16), FUSED_MLP_KERNEL(fused_mlp_relu_elements_f16)};
 
-constexpr int64_t kOwnProductLimit = int64_t{1} << 24;         // multiply-adds
+constexpr int64_t kOwnProductLimit = int64_t{1} << 24;  // multiply-adds
 constexpr int64_t kOwnProductLimitDropout = int64_t{1} << 25;
 constexpr int kLeastRowsPerSplit = 128;
 
@@ -101,7 +101,8 @@ void launch_gemm(Math math, DType dtype, const GemmParameters& p, int64_t blocks
 }  // namespace
 
 bool uses_own_product(int64_t rows, int64_t in, int64_t out, bool dropout) {
-  const double work = static_cast<double>(rows) * static_cast<double>(in) * static_cast<double>(out);
+  const double work =
+      static_cast<double>(rows) * static_cast<double>(in) * static_cast<double>(out);
   return work <= static_cast<double>(dropout ? kOwnProductLimitDropout : kOwnProductLimit);
 }
 
@@ -149,9 +150,8 @@ void launch_elements(DType dtype, ElementParameters p, cudaStream_t stream) {
   const int64_t threads = p.rows * p.columns / (p.vectors ? width : 1);
   const int64_t bytes = p.rows * p.columns * size_of(dtype);
   const bool in_place = p.result == p.output;
-  launch(kElements[static_cast<int>(dtype)],
-         dim3(static_cast<unsigned>(divide_up(threads, 256))), dim3(256),
-         0, stream, p,
+  launch(kElements[static_cast<int>(dtype)], dim3(static_cast<unsigned>(divide_up(threads, 256))),
+         dim3(256), 0, stream, p,
          {rows_extent(p.bias, 1, p.columns, p.columns, dtype),
           rows_extent(p.g, p.rows, p.g_stride, p.columns, dtype),
           {in_place ? nullptr : p.output, in_place ? 0 : bytes, Extent::kRead},

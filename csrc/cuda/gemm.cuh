@@ -7,8 +7,8 @@
 
 namespace fused_mlp::cuda::gemm {
 
-constexpr int kTile = 64;       // rows and columns of a block's result
-constexpr int kThreads = 256;   // eight warps with one 16 x 32 block each
+constexpr int kTile = 64;      // rows and columns of a block's result
+constexpr int kThreads = 256;  // eight warps with one 16 x 32 block each
 
 // How much of the summed dimension is in shared memory at a time.
 template <class M>
@@ -18,7 +18,7 @@ __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // Bytes of one operand, of the result on its way out, and of all shared memory.
 template <class M>
-constexpr int kOperandBytes = larger(kTile * M::leading(kDepth<M>), kDepth<M> * M::leading(kTile)) *
+constexpr int kOperandBytes = larger(kTile * M::leading(kDepth<M>), kDepth<M>* M::leading(kTile)) *
                               static_cast<int>(sizeof(typename M::Storage));
 constexpr int kResultLeading = kTile + 8;
 template <class M>
@@ -139,7 +139,8 @@ struct Block {
         if (p.bias && column + r < columns)
           z += widen(static_cast<const T*>(p.bias)[n0 + column + r]);
         z = z < A(0) ? A(0) : z;  // NaN stays
-        const bool keep = !p.threshold || (mask()[row * 8 + (column + r) / 8] >> ((column + r) % 8) & 1);
+        const bool keep =
+            !p.threshold || (mask()[row * 8 + (column + r) / 8] >> ((column + r) % 8) & 1);
         values.at[r] = z * (keep ? scale : A(0));
       }
       store_pack<W>(result() + row * kResultLeading + column, values);
@@ -221,8 +222,7 @@ FUSED_MLP_DEVICE void elements(const ElementParameters& p) {
     const auto g = load_pack<V>(static_cast<const T*>(p.g) + row * p.g_stride + column);
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      values.at[j] =
-          narrow<T>(widen(values.at[j]) <= A(0) ? A(0) : widen(g.at[j]) * scale);
+      values.at[j] = narrow<T>(widen(values.at[j]) <= A(0) ? A(0) : widen(g.at[j]) * scale);
   } else {
     philox::Group bits = {};
     if (p.threshold)

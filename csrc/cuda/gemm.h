@@ -12,19 +12,20 @@
 namespace fused_mlp::cuda {
 
 enum class Product : int32_t {
-  kLayer = 0,           // y = dropout(relu(x W^T + b))        [rows, out]
-  kInputGradient = 1,   // gate(g, y) W                        [rows, in]
-  kWeightGradient = 2,  // gate(g, y)^T x and column sums      [out, in], [out], a set for each split
+  kLayer = 0,          // y = dropout(relu(x W^T + b))        [rows, out]
+  kInputGradient = 1,  // gate(g, y) W                        [rows, in]
+  kWeightGradient =
+      2,  // gate(g, y)^T x and column sums      [out, in], [out], a set for each split
 };
 
 struct GemmParameters {
-  const void* x;            // [rows, in]
-  const void* weight;       // [out, in]
-  const void* bias;         // or null
-  const void* g;            // [rows, out]
-  const void* output;       // [rows, out]
+  const void* x;       // [rows, in]
+  const void* weight;  // [out, in]
+  const void* bias;    // or null
+  const void* g;       // [rows, out]
+  const void* output;  // [rows, out]
   void* result;
-  const int64_t* seed;      // or null
+  const int64_t* seed;  // or null
   int64_t rows, x_stride, g_stride, gradient_stride, rows_per_split;
   double scale;
   int32_t in, out;
@@ -36,16 +37,16 @@ struct GemmParameters {
 
 // Element-wise, on packed matrices: y = dropout(relu(y + bias)) in place, or dz = gate(g, y).
 struct ElementParameters {
-  const void* bias;         // or null
-  const void* g;            // [rows, columns] with rows g_stride apart, or null: the forward pass
-  const void* output;       // of the forward pass
-  void* result;             // forward: in place
+  const void* bias;    // or null
+  const void* g;       // [rows, columns] with rows g_stride apart, or null: the forward pass
+  const void* output;  // of the forward pass
+  void* result;        // forward: in place
   const int64_t* seed;
   int64_t rows, g_stride;
   double scale;
   int32_t columns;
   uint32_t threshold;
-  int32_t vectors;          // rows are whole 16-byte packs; filled in at launch
+  int32_t vectors;  // rows are whole 16-byte packs; filled in at launch
   int32_t padding;
 };
 

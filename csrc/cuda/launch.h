@@ -45,9 +45,9 @@ struct Launch {
 // What launch plans need to know of a device.
 struct Device {
   int32_t multiprocessors;
-  int32_t shared_bytes_per_block;            // with opt-in
+  int32_t shared_bytes_per_block;  // with opt-in
   int32_t shared_bytes_per_multiprocessor;
-  int32_t capability;                        // 10 * major + minor
+  int32_t capability;  // 10 * major + minor
 };
 
 // Returns 0, or anything else to make the launch fail.

@@ -18,9 +18,9 @@ struct Layout {
 };
 
 // Finds a layout that serves all tensors at once. `reduced` says which dimensions a group spans;
-// `strides` holds one list a tensor, at most three. False where there is none: then contiguous copies with the
-// kept dimensions in front always have one. Group k of the layout is the k-th in row-major order
-// of the kept dimensions.
+// `strides` holds one list a tensor, at most three. False where there is none: then contiguous
+// copies with the kept dimensions in front always have one. Group k of the layout is the k-th in
+// row-major order of the kept dimensions.
 inline bool find_layout(const std::vector<int64_t>& sizes, const std::vector<bool>& reduced,
                         const std::vector<std::vector<int64_t>>& strides, Layout* layout) {
   struct Dimension {

@@ -26,9 +26,9 @@ extern "C" {
 // Registers the ops under another key as well, until the returned handle is given to
 // fused_mlp_cuda_unregister. With a launch hook this runs them on tensors of the CPU.
 __attribute__((visibility("default"))) void* fused_mlp_cuda_register(const char* key) {
-  auto* library = new torch::stable::detail::StableLibrary(
-      torch::stable::detail::StableLibrary::Kind::IMPL, "fused_mlp_kernels", key, __FILE__,
-      __LINE__);
+  auto* library =
+      new torch::stable::detail::StableLibrary(torch::stable::detail::StableLibrary::Kind::IMPL,
+                                               "fused_mlp_kernels", key, __FILE__, __LINE__);
   fused_mlp::cuda::register_ops(*library);
   return library;
 }

@@ -50,9 +50,8 @@ using AddmmActivation = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, A
 AddmmActivation find_addmm_activation(bool cuda) {
   void* library = dlopen(cuda ? "libtorch_cuda.so" : "libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   if (library == nullptr) return nullptr;
-  return reinterpret_cast<AddmmActivation>(
-      dlsym(library, cuda ? "aoti_torch_cuda__addmm_activation"
-                          : "aoti_torch_cpu__addmm_activation"));
+  return reinterpret_cast<AddmmActivation>(dlsym(
+      library, cuda ? "aoti_torch_cuda__addmm_activation" : "aoti_torch_cpu__addmm_activation"));
 }
 
 AddmmActivation addmm_activation(const Tensor& tensor) {
@@ -166,7 +165,8 @@ Tensors linear_relu_backward(const Tensor& grad_output, const Tensor& input, con
       results.push_back(torch::stable::matmul(permute(dz, {1, 0}), Rows(input, in).matrix(in)));
     if (want_bias) {
       const int64_t first = 0;
-      results.push_back(torch::stable::sum(dz, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1)));
+      results.push_back(
+          torch::stable::sum(dz, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1)));
     }
     return results;
   }
@@ -205,8 +205,7 @@ Tensors linear_relu_backward(const Tensor& grad_output, const Tensor& input, con
   }
   p.gradient_stride = gradient_stride(reduce.parameters);
   p.splits = weight_gradient_splits(p, context.device());
-  const Tensor sums =
-      workspace(p.splits * p.gradient_stride * accumulator_size(dtype), input);
+  const Tensor sums = workspace(p.splits * p.gradient_stride * accumulator_size(dtype), input);
   p.result = sums.data_ptr();
   linear_relu_weight_gradient(math, dtype, p, reduce, context.stream());
   return results;

@@ -296,8 +296,7 @@ struct Mma16 : Fragments {
       for (int j = 0; j < 4; j += 2) {
         if (j >= tiles) break;
         if constexpr (TB)
-          load_matrices<true>(bv,
-                              b + (k + 8 * (matrix % 2) + r) * ldb + n0 + 8 * (j + matrix / 2));
+          load_matrices<true>(bv, b + (k + 8 * (matrix % 2) + r) * ldb + n0 + 8 * (j + matrix / 2));
         else
           load_matrices<false>(bv,
                                b + (n0 + 8 * (j + matrix / 2) + r) * ldb + k + 8 * (matrix % 2));

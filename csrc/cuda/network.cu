@@ -53,14 +53,14 @@ FUSED_MLP_DEVICE void reduce_block(const NetReduceParameters& p) {
 #endif
 #define FUSED_MLP_ON_ALL(...) __VA_ARGS__
 
-#define FUSED_MLP_NET_KERNELS(suffix, on, ...)                                           \
-  extern "C" __global__ void __launch_bounds__(256, 1) fused_mlp_net_forward_##suffix(      \
-      const __grid_constant__ fused_mlp::cuda::NetParameters p) {                        \
-    on(fused_mlp::cuda::net::forward_block<__VA_ARGS__>(p));                             \
-  }                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256, 1) fused_mlp_net_backward_##suffix(     \
-      const __grid_constant__ fused_mlp::cuda::NetParameters p) {                        \
-    on(fused_mlp::cuda::net::backward_block<__VA_ARGS__>(p));                            \
+#define FUSED_MLP_NET_KERNELS(suffix, on, ...)                                                    \
+  extern "C" __global__ void __launch_bounds__(256, 1)                                            \
+      fused_mlp_net_forward_##suffix(const __grid_constant__ fused_mlp::cuda::NetParameters p) {  \
+    on(fused_mlp::cuda::net::forward_block<__VA_ARGS__>(p));                                      \
+  }                                                                                               \
+  extern "C" __global__ void __launch_bounds__(256, 1)                                            \
+      fused_mlp_net_backward_##suffix(const __grid_constant__ fused_mlp::cuda::NetParameters p) { \
+    on(fused_mlp::cuda::net::backward_block<__VA_ARGS__>(p));                                     \
   }
 
 FUSED_MLP_NET_KERNELS(f32, FUSED_MLP_ON_ALL, fused_mlp::cuda::Fma<float, float>)
@@ -71,10 +71,10 @@ FUSED_MLP_NET_KERNELS(f16, FUSED_MLP_ON_NEW, fused_mlp::cuda::Mma16<__half>)
 FUSED_MLP_NET_KERNELS(bf16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__nv_bfloat16, float>)
 FUSED_MLP_NET_KERNELS(f16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__half, float>)
 
-#define FUSED_MLP_NET_REDUCE(suffix, T)                                           \
+#define FUSED_MLP_NET_REDUCE(suffix, T)                                            \
   extern "C" __global__ void __launch_bounds__(256) fused_mlp_net_reduce_##suffix( \
-      const __grid_constant__ fused_mlp::cuda::NetReduceParameters p) {           \
-    fused_mlp::cuda::net::reduce_block<T>(p);                                     \
+      const __grid_constant__ fused_mlp::cuda::NetReduceParameters p) {            \
+    fused_mlp::cuda::net::reduce_block<T>(p);                                      \
   }
 
 FUSED_MLP_NET_REDUCE(f32, float)
@@ -85,11 +85,12 @@ FUSED_MLP_NET_REDUCE(f16, __half)
 namespace fused_mlp::cuda {
 namespace {
 
-#define FUSED_MLP_BY_MATH(name)                                             \
-  {FUSED_MLP_KERNEL(name##_f32), FUSED_MLP_KERNEL(name##_f64),              \
-   FUSED_MLP_KERNEL(name##_tf32), FUSED_MLP_KERNEL(name##_bf16),            \
-   FUSED_MLP_KERNEL(name##_f16), FUSED_MLP_KERNEL(name##_bf16_fma),         \
-   FUSED_MLP_KERNEL(name##_f16_fma)}
+#define FUSED_MLP_BY_MATH(name)                                           \
+  {                                                                       \
+      FUSED_MLP_KERNEL(name##_f32),    FUSED_MLP_KERNEL(name##_f64),      \
+      FUSED_MLP_KERNEL(name##_tf32),   FUSED_MLP_KERNEL(name##_bf16),     \
+      FUSED_MLP_KERNEL(name##_f16),    FUSED_MLP_KERNEL(name##_bf16_fma), \
+      FUSED_MLP_KERNEL(name##_f16_fma)}
 
 const Kernel<NetParameters> kForward[kMaths] = FUSED_MLP_BY_MATH(fused_mlp_net_forward);
 const Kernel<NetParameters> kBackward[kMaths] = FUSED_MLP_BY_MATH(fused_mlp_net_backward);
@@ -112,11 +113,16 @@ MathLayout layout_of_math() {
 
 MathLayout layout_of(Math math) {
   switch (math) {
-    case Math::kFloat64: return layout_of_math<Fma<double, double>>();
-    case Math::kTf32: return layout_of_math<Tf32>();
-    case Math::kBFloat16: return layout_of_math<Mma16<__nv_bfloat16>>();
-    case Math::kFloat16: return layout_of_math<Mma16<__half>>();
-    default: return layout_of_math<Fma<float, float>>();
+    case Math::kFloat64:
+      return layout_of_math<Fma<double, double>>();
+    case Math::kTf32:
+      return layout_of_math<Tf32>();
+    case Math::kBFloat16:
+      return layout_of_math<Mma16<__nv_bfloat16>>();
+    case Math::kFloat16:
+      return layout_of_math<Mma16<__half>>();
+    default:
+      return layout_of_math<Fma<float, float>>();
   }
 }
 
@@ -145,8 +151,8 @@ int64_t lay_out(const NetShape& shape, bool backward, int rows, int threads, Net
     m->pad[i] = round_up(shape.widths[i], math.pad);
   }
   for (int i = 0; i < layers; ++i) {
-    m->weight[i] = shared.take(int64_t{round_up(shape.widths[i + 1], math.row_pad)} * m->ld[i] *
-                               math.storage);
+    m->weight[i] =
+        shared.take(int64_t{round_up(shape.widths[i + 1], math.row_pad)} * m->ld[i] * math.storage);
     m->bias[i] = shared.take(int64_t{m->pad[i + 1]} * math.accumulator);
   }
   m->slot_parts = std::max(1, std::min(threads / channels, rows));
@@ -158,8 +164,10 @@ int64_t lay_out(const NetShape& shape, bool backward, int rows, int threads, Net
   const auto matrix = [&](int ld) { return int64_t{rows} * ld * math.storage; };
   // A measuring and an applying launch share this layout, so it has room for both.
   m->hidden_ld = m->pad[layers - 1] + (math.pad == 16 ? 8 : 4);
-  if (math.pad == 16) m->hidden_ld = round_up(m->pad[layers - 1], 32) + 8;
-  else m->hidden_ld = math.leading(shape.widths[layers - 1]);
+  if (math.pad == 16)
+    m->hidden_ld = round_up(m->pad[layers - 1], 32) + 8;
+  else
+    m->hidden_ld = math.leading(shape.widths[layers - 1]);
   const int64_t hidden = int64_t{rows} * m->hidden_ld * math.accumulator;
   m->hidden = shared.take(hidden);
   if (!backward) {
@@ -184,8 +192,7 @@ int64_t lay_out(const NetShape& shape, bool backward, int rows, int threads, Net
   m->delta[0] = shared.take(matrix(widest));
   m->delta[1] = layers > 2 ? shared.take(matrix(widest)) : m->delta[0];
   m->grad_output = shared.take(matrix(m->ld[layers]));
-  m->stage =
-      shared.take(std::max(hidden, int64_t{rows} * shape.widths[0] * math.accumulator));
+  m->stage = shared.take(std::max(hidden, int64_t{rows} * shape.widths[0] * math.accumulator));
   m->bytes = static_cast<int32_t>(std::min<int64_t>(shared.used, INT32_MAX));
   return shared.used;
 }
@@ -212,8 +219,7 @@ void launch_net(const Kernel<NetParameters>& kernel, const NetPlan& plan, int bl
     if (i >= p.layers) return {nullptr, 0, Extent::kRead};
     return {list[i], p.widths[i + 1] * (is_bias ? 1 : p.widths[i]) * size_of(dtype), Extent::kRead};
   };
-  const Extent::Use running =
-      p.flags & kNetGivenStatistics ? Extent::kRead : Extent::kReadWrite;
+  const Extent::Use running = p.flags & kNetGivenStatistics ? Extent::kRead : Extent::kReadWrite;
   static_assert(kMaxLayers == 8, "one entry a layer below");
   const int y_width = backward ? p.widths[0] : p.widths[p.layers];
   launch(kernel, dim3(blocks), dim3(plan.threads), plan.memory.bytes, stream, p,
@@ -221,11 +227,21 @@ void launch_net(const Kernel<NetParameters>& kernel, const NetPlan& plan, int bl
           matrix_extent(applies ? p.y : nullptr, p.rows, y_width, y_width, dtype, Extent::kWrite),
           matrix_extent(backward ? p.g : nullptr, p.rows, p.g_stride, p.widths[p.layers], dtype,
                         Extent::kRead),
-          layer(p.weight, 0, false), layer(p.weight, 1, false), layer(p.weight, 2, false),
-          layer(p.weight, 3, false), layer(p.weight, 4, false), layer(p.weight, 5, false),
-          layer(p.weight, 6, false), layer(p.weight, 7, false), layer(p.bias, 0, true),
-          layer(p.bias, 1, true), layer(p.bias, 2, true), layer(p.bias, 3, true),
-          layer(p.bias, 4, true), layer(p.bias, 5, true), layer(p.bias, 6, true),
+          layer(p.weight, 0, false),
+          layer(p.weight, 1, false),
+          layer(p.weight, 2, false),
+          layer(p.weight, 3, false),
+          layer(p.weight, 4, false),
+          layer(p.weight, 5, false),
+          layer(p.weight, 6, false),
+          layer(p.weight, 7, false),
+          layer(p.bias, 0, true),
+          layer(p.bias, 1, true),
+          layer(p.bias, 2, true),
+          layer(p.bias, 3, true),
+          layer(p.bias, 4, true),
+          layer(p.bias, 5, true),
+          layer(p.bias, 6, true),
           layer(p.bias, 7, true),
           parameter(p.bn_weight, kNetWideWeight, Extent::kRead),
           parameter(p.bn_bias, kNetWideBias, Extent::kRead),
@@ -258,10 +274,14 @@ void fill_in(const NetShape& shape, const NetPlan& plan, NetParameters* p) {
 Math choose_math(DType dtype, const Device& device, bool tf32) {
   const bool tensor_cores = device.capability >= 80;
   switch (dtype) {
-    case DType::kFloat64: return Math::kFloat64;
-    case DType::kBFloat16: return tensor_cores ? Math::kBFloat16 : Math::kBFloat16Fma;
-    case DType::kFloat16: return tensor_cores ? Math::kFloat16 : Math::kFloat16Fma;
-    default: return tf32 && tensor_cores ? Math::kTf32 : Math::kFloat32;
+    case DType::kFloat64:
+      return Math::kFloat64;
+    case DType::kBFloat16:
+      return tensor_cores ? Math::kBFloat16 : Math::kBFloat16Fma;
+    case DType::kFloat16:
+      return tensor_cores ? Math::kFloat16 : Math::kFloat16Fma;
+    default:
+      return tf32 && tensor_cores ? Math::kTf32 : Math::kFloat32;
   }
 }
 
@@ -293,8 +313,8 @@ NetPlan plan_research_net(const NetShape& shape, bool backward, const Device& de
     const int64_t most = plan.one_launch ? 1 : device.multiprocessors;
     plan.measure_blocks = static_cast<int32_t>(std::min(tiles, most));
     // A block more a multiprocessor costs a set of weight gradients backward, little forward.
-    plan.apply_blocks = static_cast<int32_t>(
-        std::min(tiles, backward || plan.one_launch ? most : most * resident));
+    plan.apply_blocks =
+        static_cast<int32_t>(std::min(tiles, backward || plan.one_launch ? most : most * resident));
     return plan;
   }
   return plan;
@@ -351,8 +371,21 @@ void reduce_gradients(DType dtype, const NetReduceParameters& p, cudaStream_t st
   launch(kReduce[static_cast<int>(dtype)], dim3(static_cast<unsigned>((p.parameters + 31) / 32)),
          dim3(32, net::kReduceRows), 0, stream, p,
          {{p.gradients, p.blocks * p.gradient_stride * accumulator_size(dtype), Extent::kRead},
-          target(0), target(1), target(2), target(3), target(4), target(5), target(6), target(7),
-          target(8), target(9), target(10), target(11), target(12), target(13), target(14),
+          target(0),
+          target(1),
+          target(2),
+          target(3),
+          target(4),
+          target(5),
+          target(6),
+          target(7),
+          target(8),
+          target(9),
+          target(10),
+          target(11),
+          target(12),
+          target(13),
+          target(14),
           target(15)});
 }
 

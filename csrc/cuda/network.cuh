@@ -76,8 +76,8 @@ struct Block {
       const int groups = (p.at.pad[i + 1] + 7) / 8, width = p.widths[i + 1];
       S* out = storage(p.at.activation[i + 1]);
       multiply_all<M, false, false>(
-          storage(p.at.activation[i]), p.at.ld[i], storage(p.at.weight[i]), p.at.ld[i],
-          p.tile_rows, width, p.widths[i], [&](int row, int column, auto values) {
+          storage(p.at.activation[i]), p.at.ld[i], storage(p.at.weight[i]), p.at.ld[i], p.tile_rows,
+          width, p.widths[i], [&](int row, int column, auto values) {
             constexpr int W = sizeof(values) / sizeof(A);
             if (column >= p.at.pad[i + 1]) return;
 #pragma unroll
@@ -104,9 +104,9 @@ struct Block {
   FUSED_MLP_DEVICE void before_norm(Visit visit) const {
     const int i = p.layers - 2;
     const A* bias = sums(p.at.bias[i]);
-    multiply_all<M, false, false>(storage(p.at.activation[i]), p.at.ld[i],
-                                  storage(p.at.weight[i]), p.at.ld[i], p.tile_rows, p.widths[i + 1],
-                                  p.widths[i], [&](int row, int column, auto values) {
+    multiply_all<M, false, false>(storage(p.at.activation[i]), p.at.ld[i], storage(p.at.weight[i]),
+                                  p.at.ld[i], p.tile_rows, p.widths[i + 1], p.widths[i],
+                                  [&](int row, int column, auto values) {
                                     constexpr int W = sizeof(values) / sizeof(A);
                                     if (column >= p.at.pad[i + 1]) return;
 #pragma unroll
@@ -279,27 +279,24 @@ struct Block {
         constexpr int W = sizeof(values) / sizeof(A);
 #pragma unroll
         for (int r = 0; r < W; ++r)
-          if (column + r < channels())
-            values.at[r] = leaky(normalised(column + r, values.at[r]));
+          if (column + r < channels()) values.at[r] = leaky(normalised(column + r, values.at[r]));
         store_run<M, W>(storage(p.at.activation[last]), p.at.ld[last], row, column, channels(),
                         values);
       });
       __syncthreads();
       A* stage = sums(p.at.stage);
       const A* bias = sums(p.at.bias[last]);
-      multiply_all<M, false, false>(storage(p.at.activation[last]), p.at.ld[last],
-                                    storage(p.at.weight[last]), p.at.ld[last], p.tile_rows, width,
-                                    p.widths[last], [&](int row, int column, auto values) {
-                                      constexpr int W = sizeof(values) / sizeof(A);
+      multiply_all<M, false, false>(
+          storage(p.at.activation[last]), p.at.ld[last], storage(p.at.weight[last]), p.at.ld[last],
+          p.tile_rows, width, p.widths[last], [&](int row, int column, auto values) {
+            constexpr int W = sizeof(values) / sizeof(A);
 #pragma unroll
-                                      for (int r = 0; r < W; ++r)
-                                        if (column + r < width)
-                                          stage[row * width + column + r] =
-                                              values.at[r] + bias[column + r];
-                                    });
+            for (int r = 0; r < W; ++r)
+              if (column + r < width)
+                stage[row * width + column + r] = values.at[r] + bias[column + r];
+          });
       __syncthreads();
-      write_out<M>(static_cast<T*>(p.y) + first_row(tile) * width, stage,
-                   valid_rows(tile) * width);
+      write_out<M>(static_cast<T*>(p.y) + first_row(tile) * width, stage, valid_rows(tile) * width);
     }
   }
 
@@ -458,11 +455,11 @@ struct Block {
 #pragma unroll
         for (int r = 0; r < W; ++r) {
           const int c = column + r;
-          values.at[r] = row < rows && c < channels()
-                             ? fused(transform(1)[c], values.at[r],
-                                     fused(transform(3)[c], h.at[r] - transform(0)[c],
-                                           transform(4)[c]))
-                             : A(0);
+          values.at[r] =
+              row < rows && c < channels()
+                  ? fused(transform(1)[c], values.at[r],
+                          fused(transform(3)[c], h.at[r] - transform(0)[c], transform(4)[c]))
+                  : A(0);
         }
         store_run<M, W>(delta, p.at.ld[last], row, column, channels(), values);
       });

@@ -16,12 +16,12 @@ constexpr int kMaxLayers = 8;
 
 // How products are computed, and from what.
 enum class Math : int32_t {
-  kFloat32 = 0,     // float FMA
-  kFloat64 = 1,     // double FMA
-  kTf32 = 2,        // float rounded to tf32 in tensor cores
-  kBFloat16 = 3,    // tensor cores
-  kFloat16 = 4,     // tensor cores
-  kBFloat16Fma = 5, // float FMA for chips without bfloat16 tensor cores
+  kFloat32 = 0,      // float FMA
+  kFloat64 = 1,      // double FMA
+  kTf32 = 2,         // float rounded to tf32 in tensor cores
+  kBFloat16 = 3,     // tensor cores
+  kFloat16 = 4,      // tensor cores
+  kBFloat16Fma = 5,  // float FMA for chips without bfloat16 tensor cores
   kFloat16Fma = 6,
 };
 constexpr int kMaths = 7;
@@ -47,24 +47,24 @@ struct NetShape {
 // Byte offsets in shared memory and leading dimensions; the same struct on host and device.
 struct NetMemory {
   int32_t weight[kMaxLayers], bias[kMaxLayers];
-  int32_t activation[kMaxLayers];         // input of layer i, in storage type
+  int32_t activation[kMaxLayers];                          // input of layer i, in storage type
   int32_t grad_weight[kMaxLayers], grad_bias[kMaxLayers];  // accumulators of a backward pass
   int32_t grad_ld[kMaxLayers];
-  int32_t ld[kMaxLayers + 1];             // of a matrix with widths[i] columns
-  int32_t pad[kMaxLayers + 1];            // columns that are computed with: the rest are zero
-  int32_t hidden, hidden_ld;              // accumulators before BatchNorm
-  int32_t delta[2];                       // gradients on their way down, storage type
+  int32_t ld[kMaxLayers + 1];   // of a matrix with widths[i] columns
+  int32_t pad[kMaxLayers + 1];  // columns that are computed with: the rest are zero
+  int32_t hidden, hidden_ld;    // accumulators before BatchNorm
+  int32_t delta[2];             // gradients on their way down, storage type
   int32_t grad_output;
-  int32_t stage;                          // rows on their way out, accumulators
+  int32_t stage;  // rows on their way out, accumulators
   int32_t mask;
-  int32_t slots, slot_parts;              // per-column statistics: slot_parts for each column
-  int32_t transform;                      // four vectors of the BatchNorm's width
+  int32_t slots, slot_parts;  // per-column statistics: slot_parts for each column
+  int32_t transform;          // four vectors of the BatchNorm's width
   int32_t bytes;
 };
 
 struct NetParameters {
   const void* x;
-  void* y;                       // forward: output; backward: gradient of the input, or null
+  void* y;  // forward: output; backward: gradient of the input, or null
   const void* g;
   const void* weight[kMaxLayers];
   const void* bias[kMaxLayers];
@@ -73,15 +73,15 @@ struct NetParameters {
   void* running_mean;
   void* running_var;
   int64_t* batches_tracked;
-  void* saved;                   // accumulators: mean, then rstd
-  void* partials;                // accumulators [2][blocks * width] of a measuring launch
-  void* gradients;               // accumulators [blocks][gradient_stride]
+  void* saved;      // accumulators: mean, then rstd
+  void* partials;   // accumulators [2][blocks * width] of a measuring launch
+  void* gradients;  // accumulators [blocks][gradient_stride]
   void* grad_bn_weight;
   void* grad_bn_bias;
   const int64_t* seed;
   int64_t rows, x_stride, g_stride;
-  int64_t parameters;            // elements of all weights and biases
-  int64_t gradient_stride;       // the same, rounded up to whole sectors
+  int64_t parameters;       // elements of all weights and biases
+  int64_t gradient_stride;  // the same, rounded up to whole sectors
   double momentum, eps, slope;
   double dropout_scale[kMaxLayers];
   uint32_t dropout_threshold[kMaxLayers];  // 0: no dropout
@@ -97,19 +97,19 @@ constexpr int kMaxSegments = 2 * kMaxLayers;
 
 // Sums the blocks' gradients of each parameter and rounds them.
 struct NetReduceParameters {
-  const void* gradients;         // accumulators [blocks][gradient_stride]
+  const void* gradients;  // accumulators [blocks][gradient_stride]
   int64_t parameters, gradient_stride;
   int64_t begin[kMaxSegments + 1];
-  void* target[kMaxSegments];    // null where nobody asks
+  void* target[kMaxSegments];  // null where nobody asks
   int32_t blocks, segments;
 };
 
 // How a network is launched: a pure function of the shape and the device.
 struct NetPlan {
-  int32_t fits;                  // whether shared memory holds it; the rest is valid only then
+  int32_t fits;  // whether shared memory holds it; the rest is valid only then
   int32_t tile_rows, tiles, threads;
   int32_t measure_blocks, apply_blocks;
-  int32_t one_launch;            // a single block measures and applies
+  int32_t one_launch;  // a single block measures and applies
   NetMemory memory;
 };
 

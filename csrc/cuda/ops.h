@@ -46,8 +46,7 @@ Tensors research_net_backward(const Tensor& grad_output, const Tensor& input, Te
 // Plans and launches what `standardization` prepared, with a workspace where it is needed.
 inline void run_forward(Standardization& s, const Context& context) {
   const DType dtype = dtype_of(s.x);
-  const StandardizePlan plan =
-      plan_standardize(dtype, s.columns, s.parameters, context.device());
+  const StandardizePlan plan = plan_standardize(dtype, s.columns, s.parameters, context.device());
   const Tensor scratch = workspace(plan.workspace_bytes, s.x);
   s.parameters.partials = scratch.data_ptr();
   standardize_forward(dtype, s.columns, plan, s.parameters, context.stream());
@@ -55,8 +54,7 @@ inline void run_forward(Standardization& s, const Context& context) {
 
 inline void run_backward(Standardization& s, const Context& context) {
   const DType dtype = dtype_of(s.x);
-  const StandardizePlan plan =
-      plan_standardize(dtype, s.columns, s.parameters, context.device());
+  const StandardizePlan plan = plan_standardize(dtype, s.columns, s.parameters, context.device());
   const Tensor scratch = workspace(plan.workspace_bytes, s.x);
   s.parameters.partials = scratch.data_ptr();
   standardize_backward(dtype, s.columns, plan, s.parameters, context.stream());

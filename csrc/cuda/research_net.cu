@@ -103,14 +103,13 @@ std::tuple<Tensor, Tensor> research_net(const Tensor& input, Tensors weights, Te
   p.saved = saved.data_ptr();
   p.running_mean = mutable_data(means.dense);
   p.running_var = mutable_data(vars.dense);
-  p.batches_tracked =
-      training ? static_cast<int64_t*>(mutable_data(num_batches_tracked)) : nullptr;
+  p.batches_tracked = training ? static_cast<int64_t*>(mutable_data(num_batches_tracked)) : nullptr;
   p.flags |= wide_flag(running_mean, input, kNetWideRunningMean) |
              wide_flag(running_var, input, kNetWideRunningVar);
   p.momentum = momentum;
   p.eps = eps;
-  const Tensor partials = workspace(
-      training ? 2 * plan.measure_blocks * channels * accumulator_size(dtype) : 0, input);
+  const Tensor partials =
+      workspace(training ? 2 * plan.measure_blocks * channels * accumulator_size(dtype) : 0, input);
   p.partials = partials.data_ptr();
   research_net_forward(network.shape, plan, p, dtype, context.stream());
   if (training) {
@@ -130,8 +129,7 @@ Tensors research_net_backward(const Tensor& grad_output, const Tensor& input, Te
   const size_t layers = weights.size();
   // Gradients in the order of output_mask: input, weights…, biases…, bn_weight, bn_bias.
   std::vector<OptionalTensor> gradients(2 * layers + 3);
-  if (output_mask[0])
-    gradients[0] = new_tensor(sizes_of(input), input.scalar_type(), input);
+  if (output_mask[0]) gradients[0] = new_tensor(sizes_of(input), input.scalar_type(), input);
   for (size_t i = 0; i < layers; ++i) {
     if (output_mask[1 + i])
       gradients[1 + i] = new_tensor(sizes_of(weights[i]), input.scalar_type(), input);

@@ -8,30 +8,30 @@
 
 #include "standardize.cuh"
 
-#define FUSED_MLP_STANDARDIZE_KERNELS(suffix, T)                                               \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                          \
-      fused_mlp_columns_forward_##suffix(const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) { \
-    using namespace fused_mlp::cuda;                                                           \
-    if (p.vectors)                                                                             \
-      standardize::columns_forward<T, kPackWidth<T>>(p);                                       \
-    else                                                                                       \
-      standardize::columns_forward<T, 1>(p);                                                   \
-  }                                                                                            \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                          \
-      fused_mlp_columns_backward_##suffix(const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) { \
-    using namespace fused_mlp::cuda;                                                           \
-    if (p.vectors)                                                                             \
-      standardize::columns_backward<T, kPackWidth<T>>(p);                                      \
-    else                                                                                       \
-      standardize::columns_backward<T, 1>(p);                                                  \
-  }                                                                                            \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                          \
-      fused_mlp_rows_forward_##suffix(const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) { \
-    fused_mlp::cuda::standardize::rows_forward<T>(p);                                          \
-  }                                                                                            \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                          \
-      fused_mlp_rows_backward_##suffix(const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) { \
-    fused_mlp::cuda::standardize::rows_backward<T>(p);                                         \
+#define FUSED_MLP_STANDARDIZE_KERNELS(suffix, T)                                            \
+  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_columns_forward_##suffix(  \
+      const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) {                   \
+    using namespace fused_mlp::cuda;                                                        \
+    if (p.vectors)                                                                          \
+      standardize::columns_forward<T, kPackWidth<T>>(p);                                    \
+    else                                                                                    \
+      standardize::columns_forward<T, 1>(p);                                                \
+  }                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_columns_backward_##suffix( \
+      const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) {                   \
+    using namespace fused_mlp::cuda;                                                        \
+    if (p.vectors)                                                                          \
+      standardize::columns_backward<T, kPackWidth<T>>(p);                                   \
+    else                                                                                    \
+      standardize::columns_backward<T, 1>(p);                                               \
+  }                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_rows_forward_##suffix(     \
+      const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) {                   \
+    fused_mlp::cuda::standardize::rows_forward<T>(p);                                       \
+  }                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_rows_backward_##suffix(    \
+      const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) {                   \
+    fused_mlp::cuda::standardize::rows_backward<T>(p);                                      \
   }
 
 FUSED_MLP_STANDARDIZE_KERNELS(f32, float)
@@ -51,9 +51,9 @@ constexpr int64_t kShortRow = 512;  // elements a warp handles alone
 
 using StandardizeKernel = Kernel<StandardizeParameters>;
 
-#define FUSED_MLP_BY_DTYPE(name)                                          \
-  {FUSED_MLP_KERNEL(name##_f32), FUSED_MLP_KERNEL(name##_f64),            \
-   FUSED_MLP_KERNEL(name##_bf16), FUSED_MLP_KERNEL(name##_f16)}
+#define FUSED_MLP_BY_DTYPE(name)                                                              \
+  {FUSED_MLP_KERNEL(name##_f32), FUSED_MLP_KERNEL(name##_f64), FUSED_MLP_KERNEL(name##_bf16), \
+   FUSED_MLP_KERNEL(name##_f16)}
 
 const StandardizeKernel kForward[2][kDTypes] = {FUSED_MLP_BY_DTYPE(fused_mlp_rows_forward),
                                                 FUSED_MLP_BY_DTYPE(fused_mlp_columns_forward)};
@@ -70,8 +70,7 @@ bool aligned(const void* pointer, int64_t outer, int64_t middle, int64_t width) 
 // Memory from the first to the last element of a tensor.
 Extent extent(const void* data, int64_t outer_stride, int64_t middle_stride,
               const StandardizeParameters& p, DType dtype, Extent::Use use) {
-  const int64_t last =
-      (p.outer - 1) * outer_stride + (p.middle - 1) * middle_stride + p.inner - 1;
+  const int64_t last = (p.outer - 1) * outer_stride + (p.middle - 1) * middle_stride + p.inner - 1;
   return {data, data == nullptr ? 0 : (last + 1) * size_of(dtype), use};
 }
 

@@ -108,8 +108,8 @@ FUSED_MLP_DEVICE void set_affine(const StandardizeParameters& p, int64_t group, 
   t.slope = static_cast<A>(p.slope);
 }
 
-// The group's transform from the moments of its elements less `origin`; the `writer` among the blocks that know them keeps the
-// statistics and moves the running ones.
+// The group's transform from the moments of its elements less `origin`; the `writer` among the
+// blocks that know them keeps the statistics and moves the running ones.
 template <class T>
 FUSED_MLP_DEVICE Transform<Acc<T>> finish_forward(const StandardizeParameters& p, int64_t group,
                                                   Acc<T> origin, Moments<Acc<T>> m, bool writer) {
@@ -139,8 +139,9 @@ FUSED_MLP_DEVICE Transform<Acc<T>> finish_forward(const StandardizeParameters& p
       const A var = load_parameter<T>(p.running_var, p.flags & kWideRunningVar, group);
       store_parameter<T>(p.running_mean, p.flags & kWideRunningMean, group,
                          fused(momentum, (origin + m.mean) - mean, mean));
-      store_parameter<T>(p.running_var, p.flags & kWideRunningVar, group,
-                         fused(momentum, m.m2 / (m.count > A(1) ? m.count - A(1) : A(1)) - var, var));
+      store_parameter<T>(
+          p.running_var, p.flags & kWideRunningVar, group,
+          fused(momentum, m.m2 / (m.count > A(1) ? m.count - A(1) : A(1)) - var, var));
     }
   }
   if (writer) {
@@ -231,23 +232,22 @@ struct ColumnBlock {
   // Merges the rows of threads: every thread ends with the block's statistic of its columns.
   template <class S>
   FUSED_MLP_DEVICE void merge_rows(const StandardizeParameters& p, S (&s)[V]) const {
-    __shared__ S shared[kThreads * V];
-    const int pitch = p.lanes * V;
+    __shared__ S shared[V][kThreads];  // neighbouring threads in neighbouring banks
 #pragma unroll
-    for (int j = 0; j < V; ++j) shared[row * pitch + j * p.lanes + lane] = s[j];
+    for (int j = 0; j < V; ++j) shared[j][threadIdx.x] = s[j];
     for (int half = rows_at_once / 2; half > 0; half /= 2) {
       __syncthreads();
       if (row < half) {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          s[j] = merge(s[j], shared[(row + half) * pitch + j * p.lanes + lane]);
-          shared[row * pitch + j * p.lanes + lane] = s[j];
+          s[j] = merge(s[j], shared[j][threadIdx.x + half * p.lanes]);
+          shared[j][threadIdx.x] = s[j];
         }
       }
     }
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < V; ++j) s[j] = shared[j * p.lanes + lane];
+    for (int j = 0; j < V; ++j) s[j] = shared[j][lane];
   }
 
   // Chunk by chunk in the order of chunks, then rows of threads as a tree.
@@ -257,7 +257,8 @@ struct ColumnBlock {
     if (active) {
       for (int64_t k = row; k < p.chunks; k += rows_at_once) {
         const int64_t begin = k * p.per_chunk;
-        const int64_t count = (begin + p.per_chunk < p.middle ? begin + p.per_chunk : p.middle) - begin;
+        const int64_t count =
+            (begin + p.per_chunk < p.middle ? begin + p.per_chunk : p.middle) - begin;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           S other;
@@ -323,7 +324,8 @@ FUSED_MLP_DEVICE void columns_forward(const StandardizeParameters& p) {
   Transform<A> transform[V];
 #pragma unroll
   for (int j = 0; j < V; ++j)
-    transform[j] = finish_forward<T>(p, at.group + j, origin[j], m[j], at.chunk == 0 && at.row == 0);
+    transform[j] =
+        finish_forward<T>(p, at.group + j, origin[j], m[j], at.chunk == 0 && at.row == 0);
   int64_t r = at.first(p) + at.row;
   for (; r < last; r += kUnroll * step) {
     Pack<T, V> pack[kUnroll];
@@ -620,8 +622,7 @@ FUSED_MLP_DEVICE void rows_forward(const StandardizeParameters& p) {
     at.walk(p, x, measure);
     m = at.merge_threads(measure.m);
     if (!(p.phase & kApply)) {
-      if (threadIdx.x == 0)
-        store_partial(p, at.group * p.chunks + at.chunk, p.outer * p.chunks, m);
+      if (threadIdx.x == 0) store_partial(p, at.group * p.chunks + at.chunk, p.outer * p.chunks, m);
       return;
     }
   } else if (!(p.flags & kGivenStatistics)) {
@@ -646,8 +647,7 @@ FUSED_MLP_DEVICE void rows_backward(const StandardizeParameters& p) {
     at.walk(p, x, measure);
     s = at.merge_threads(measure.s);
     if (!(p.phase & kApply)) {
-      if (threadIdx.x == 0)
-        store_partial(p, at.group * p.chunks + at.chunk, p.outer * p.chunks, s);
+      if (threadIdx.x == 0) store_partial(p, at.group * p.chunks + at.chunk, p.outer * p.chunks, s);
       return;
     }
   } else if (p.partials) {

@@ -15,9 +15,10 @@
 namespace fused_mlp::cuda {
 
 enum StandardizeFlags : int32_t {
-  kNormalizes = 1,      // 1 / (std + eps), std over count - correction; else BatchNorm's 1 / sqrt(var + eps)
-  kGivenStatistics = 2, // forward: from running_mean, running_var; backward: they are constants
-  kWideWeight = 4,      // these are float whatever the input's type is
+  kNormalizes =
+      1,  // 1 / (std + eps), std over count - correction; else BatchNorm's 1 / sqrt(var + eps)
+  kGivenStatistics = 2,  // forward: from running_mean, running_var; backward: they are constants
+  kWideWeight = 4,       // these are float whatever the input's type is
   kWideBias = 8,
   kWideRunningMean = 16,
   kWideRunningVar = 32,
@@ -28,12 +29,12 @@ enum StandardizePhase : int32_t { kMeasure = 1, kApply = 2 };
 // The one parameter of the four kernels. Strides count elements.
 struct StandardizeParameters {
   const void* x;
-  const void* g;              // backward: gradient of the output
-  void* y;                    // forward: output; backward: gradient of x, or null
-  void* partials;             // accumulators [3][chunks * groups], or null with one chunk
-  void* mean;                 // accumulators [groups]
-  void* deviation;            // accumulators [groups]: std for normalize, rstd for BatchNorm
-  const void* weight;         // [groups] or null, as are the next five
+  const void* g;       // backward: gradient of the output
+  void* y;             // forward: output; backward: gradient of x, or null
+  void* partials;      // accumulators [3][chunks * groups], or null with one chunk
+  void* mean;          // accumulators [groups]
+  void* deviation;     // accumulators [groups]: std for normalize, rstd for BatchNorm
+  const void* weight;  // [groups] or null, as are the next five
   const void* bias;
   void* running_mean;
   void* running_var;
@@ -42,10 +43,10 @@ struct StandardizeParameters {
   int64_t* batches_tracked;
   int64_t x_outer, x_middle, g_outer, g_middle, y_outer, y_middle;
   int64_t outer, middle, inner;
-  int64_t per_chunk;          // rows layout: elements of a group in a chunk; columns: rows
+  int64_t per_chunk;  // rows layout: elements of a group in a chunk; columns: rows
   double eps, correction, momentum, slope;
   int32_t chunks, lanes, phase, flags;
-  int32_t vectors;            // columns: every row of every tensor starts at a multiple of 16 bytes
+  int32_t vectors;  // columns: every row of every tensor starts at a multiple of 16 bytes
   int32_t padding;
 };
 
@@ -53,7 +54,7 @@ struct StandardizeParameters {
 struct StandardizePlan {
   int64_t blocks;
   int64_t per_chunk;
-  int64_t workspace_bytes;    // for `partials`; 0 with one chunk
+  int64_t workspace_bytes;  // for `partials`; 0 with one chunk
   int32_t chunks;
   int32_t lanes;
   int32_t threads;

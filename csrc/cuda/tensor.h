@@ -24,11 +24,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, "fused_mlp: float32, float64, bfloat16 or float16 expected");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "fused_mlp: float32, float64, bfloat16 or float16 expected");
   }
 }
 
@@ -60,12 +65,11 @@ class Context {
 
 // Uninitialised memory on the device of `like`.
 inline Tensor new_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                            ScalarType type, const Tensor& like) {
+                          ScalarType type, const Tensor& like) {
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const int32_t dtype =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                   strides.data(), dtype, device_type, device_index,
