@@ -116,51 +116,7 @@ void forward(const BatchNormLeakyReLU& op) {
   });
 }
 
-// sum[c] = sum of du, sum_x[c] = sum of du * (x - mean), over a folded matrix.
-template <class S>
-void column_sums(const S* x, const S* grad, const Folded& shape, const Affine<Compute<S>>& affine,
-                 Vec<Compute<S>> slope, double* sum, double* sum_x) {
-  using T = Compute<S>;
-  const int64_t chunks = chunk_count(shape.all_rows(), shape.columns * 2 * kPassCost, kLeastRows);
-  const int64_t columns = round_up(shape.columns, kLanes<T>);
-  Arena arena(Scratch::kPartial,
-              chunks * (Arena::bytes<double>(2 * columns) + Arena::bytes<T>(2 * columns)));
-  double* partial = arena.take<double>(chunks * 2 * columns);
-  T* blocks = arena.take<T>(chunks * 2 * columns);
-  for_chunks(shape.all_rows(), chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-    double* total = partial + chunk * 2 * columns;
-    T* block = blocks + chunk * 2 * columns;
-    for (int64_t i = 0; i < 2 * columns; ++i) total[i] = 0;
-    // Rows in order, as memory likes them; the sums of 64 go on in double.
-    for (int64_t first = begin; first < end; first += kBlockRows) {
-      for (int64_t i = 0; i < 2 * columns; ++i) block[i] = 0;
-      for (int64_t row = first; row < smaller(end, first + kBlockRows); ++row) {
-        for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
-          const int64_t i = row * shape.columns + c;
-          const Vec<T> value = load_up_to(x + i, width);
-          const Vec<T> du =
-              gated<T>(normalized(value, affine, c), load_up_to(grad + i, width), slope);
-          store_raw(block + c, load_raw(block + c) + du);
-          const Vec<T> centred = value - load_raw(affine.mean + c);
-          store_raw(block + columns + c, load_raw(block + columns + c) + du * centred);
-        });
-      }
-      for (int64_t i = 0; i < 2 * columns; ++i) total[i] += static_cast<double>(block[i]);
-    }
-  });
-  for (int64_t channel = 0; channel < shape.channels; ++channel) {
-    sum[channel] = sum_x[channel] = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const double* total = partial + chunk * 2 * columns;
-      for (int64_t c = channel; c < shape.columns; c += shape.channels) {
-        sum[channel] += total[c];
-        sum_x[channel] += total[columns + c];
-      }
-    }
-  }
-}
-
-// The same over [batches, channels, length]: a channel is a task.
+// sum = sum of du, sum_x = sum of du * (x - mean), a channel of [batches, channels, length] a task.
 template <class S>
 void channel_sums(const BatchNormLeakyReLU& op, const S* grad, const Affine<Compute<S>>& affine,
                   Vec<Compute<S>> slope, double* sum, double* sum_x) {
@@ -214,7 +170,15 @@ void backward(const BatchNormLeakyReLUBackward& op) {
   Coefficients<T> wide = flat ? repeat_all(k, shape, arena) : k;
   if (norm.training || op.grad_weight.data || op.grad_bias.data) {
     if (flat) {
-      column_sums(x, grad, shape, wide.affine, slope, sum, sum_x);
+      column_sums<T>(
+          shape,
+          [&](int64_t i, int64_t c, int width) -> Terms<T> {
+            const Vec<T> value = load_up_to(x + i, width);
+            const Vec<T> u = normalized(value, wide.affine, c);
+            const Vec<T> du = gated<T>(u, load_up_to(grad + i, width), slope);
+            return {du, du * (value - load_raw(wide.affine.mean + c))};
+          },
+          sum, sum_x);
     } else {
       channel_sums(norm, grad, k.affine, slope, sum, sum_x);
     }

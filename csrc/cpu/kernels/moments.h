@@ -154,4 +154,48 @@ inline void column_moments(const S* x, int64_t rows, int64_t channels, double* m
   }
 }
 
+// Two vectors, of which backward passes keep running sums.
+template <class T>
+struct Terms {
+  Vec<T> first, second;
+};
+
+// Sums terms(i, c, width) over the rows of every channel: i counts the elements of the folded
+// matrix and c its columns. Rows go in order, as memory likes them; the sums of 64 go on in double.
+template <class T, class Body>
+inline void column_sums(const Folded& shape, const Body& terms, double* first, double* second) {
+  const int64_t rows = shape.all_rows(), columns = round_up(shape.columns, kLanes<T>);
+  const int64_t chunks = chunk_count(rows, shape.columns * 2 * kPassCost, kLeastRows);
+  Arena arena(Scratch::kPartial,
+              chunks * (Arena::bytes<double>(2 * columns) + Arena::bytes<T>(2 * columns)));
+  double* partial = arena.take<double>(chunks * 2 * columns);
+  T* blocks = arena.take<T>(chunks * 2 * columns);
+  for_chunks(rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    double* total = partial + chunk * 2 * columns;
+    T* block = blocks + chunk * 2 * columns;
+    for (int64_t i = 0; i < 2 * columns; ++i) total[i] = 0;
+    for (int64_t start = begin; start < end; start += kBlockRows) {
+      for (int64_t i = 0; i < 2 * columns; ++i) block[i] = 0;
+      for (int64_t row = start; row < smaller(end, start + kBlockRows); ++row) {
+        for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
+          const Terms<T> term = terms(row * shape.columns + c, c, width);
+          store_raw(block + c, load_raw(block + c) + term.first);
+          store_raw(block + columns + c, load_raw(block + columns + c) + term.second);
+        });
+      }
+      for (int64_t i = 0; i < 2 * columns; ++i) total[i] += static_cast<double>(block[i]);
+    }
+  });
+  for (int64_t channel = 0; channel < shape.channels; ++channel) {
+    first[channel] = second[channel] = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double* total = partial + chunk * 2 * columns;
+      for (int64_t c = channel; c < shape.columns; c += shape.channels) {
+        first[channel] += total[c];
+        second[channel] += total[columns + c];
+      }
+    }
+  }
+}
+
 }  // namespace fused_mlp::FUSED_MLP_ISA

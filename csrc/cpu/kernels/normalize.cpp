@@ -211,44 +211,23 @@ void backward_columns(const NormalizeBackward& op, int64_t o) {
   S* dx = static_cast<S*>(op.grad_input) + offset;
   const Folded shape = Folded::of<T>(norm.count, inner);
   const int64_t room = round_up(shape.columns, kLanes<T>);
-  const int64_t chunks = chunk_count(shape.all_rows(), shape.columns * 2 * kPassCost, kLeastRows);
-  Arena arena(Scratch::kCall,
-              4 * Arena::bytes<T>(room) +
-                  chunks * (Arena::bytes<T>(2 * room) + Arena::bytes<double>(2 * room)));
+  Arena arena(Scratch::kCall, 4 * Arena::bytes<T>(room) + 2 * Arena::bytes<double>(inner));
   T* mean = arena.take<T>(room);
   T* rstd = arena.take<T>(room);
   T* k2 = arena.take<T>(room);
   T* k3 = arena.take<T>(room);
-  T* blocks = arena.take<T>(chunks * 2 * room);
-  double* partial = arena.take<double>(chunks * 2 * room);
+  double* sum = arena.take<double>(inner);
+  double* sum_x = arena.take<double>(inner);
   repeat(static_cast<const T*>(norm.mean) + o * inner, shape, mean);
-  for_chunks(shape.all_rows(), chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-    double* total = partial + chunk * 2 * room;
-    T* block = blocks + chunk * 2 * room;
-    for (int64_t i = 0; i < 2 * room; ++i) total[i] = 0;
-    for (int64_t first = begin; first < end; first += kBlockRows) {
-      for (int64_t i = 0; i < 2 * room; ++i) block[i] = 0;
-      for (int64_t row = first; row < smaller(end, first + kBlockRows); ++row) {
-        for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
-          const int64_t i = row * shape.columns + c;
-          const Vec<T> value = load_up_to(grad + i, width);
-          const Vec<T> centred = load_up_to(x + i, width) - load_raw(mean + c);
-          store_raw(block + c, load_raw(block + c) + value);
-          store_raw(block + room + c, load_raw(block + room + c) + value * centred);
-        });
-      }
-      for (int64_t i = 0; i < 2 * room; ++i) total[i] += static_cast<double>(block[i]);
-    }
-  });
+  column_sums<T>(
+      shape,
+      [&](int64_t i, int64_t c, int width) -> Terms<T> {
+        const Vec<T> value = load_up_to(grad + i, width);
+        return {value, value * (load_up_to(x + i, width) - load_raw(mean + c))};
+      },
+      sum, sum_x);
   for (int64_t c = 0; c < inner; ++c) {
-    GradSums sums;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int64_t wide = c; wide < shape.columns; wide += inner) {
-        sums.grad += partial[chunk * 2 * room + wide];
-        sums.grad_x += partial[chunk * 2 * room + room + wide];
-      }
-    }
-    const Slopes<T> k = slopes<T>(norm, sums, o * inner + c);
+    const Slopes<T> k = slopes<T>(norm, {sum[c], sum_x[c]}, o * inner + c);
     for (int64_t wide = c; wide < shape.columns; wide += inner) {
       rstd[wide] = k.rstd;
       k2[wide] = k.k2;
