@@ -13,12 +13,6 @@ BENCH ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
-# Without an NVIDIA GPU, torch's own index has a build ten times smaller than PyPI's for Linux.
-# Naming a TORCH switches this off: then pip's own configuration decides where it comes from.
-CPU_INDEX := https://download.pytorch.org/whl/cpu
-ifeq ($(origin TORCH)-$(shell uname -s)-$(shell command -v nvidia-smi),file-Linux-)
-  TORCH_INDEX := --extra-index-url $(CPU_INDEX) --retries 1
-endif
 # One stamp for each TORCH, so that another one installs again.
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 READY := $(VENV)/.ready-$(NAME)
@@ -70,7 +64,7 @@ $(RUN):
 INSTALL := FUSED_MLP_CUDA_ARCHS=$${FUSED_MLP_CUDA_ARCHS:-native} $(PIP) install --quiet -e
 
 $(READY): pyproject.toml setup.py | $(RUN)
-	$(PIP) install --quiet $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install --quiet '$(TORCH)'
 	$(INSTALL) '.[bench,test,triton]'
 	@touch $@
 
