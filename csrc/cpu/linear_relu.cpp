@@ -7,7 +7,7 @@ namespace fused_mlp {
 namespace {
 
 // The widest side of a weight our kernels multiply by. They beat the library's product where its
-// call and the separate passes weigh most; docs/linear_relu.md holds the measurements.
+// call and the separate passes weigh most.
 constexpr int64_t kOwnWidth = 256;
 
 bool runs_own(int64_t in_features, int64_t out_features) {
