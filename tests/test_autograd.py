@@ -21,9 +21,10 @@ def case(device: torch.device, request: pytest.FixtureRequest) -> Case:
     return found
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.smoke), torch.bfloat16]
+)
 def test_values_and_gradients(device: torch.device, name: str, dtype: torch.dtype) -> None:
     check_case(example(name, dtype=dtype, device=device))
 

@@ -54,7 +54,6 @@ def test_two_values_a_channel(device: torch.device, shape: tuple[int, ...]) -> N
     torch.testing.assert_close(*results, atol=1e-9, rtol=1e-7)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
 @pytest.mark.parametrize("shape", [(33, 17), (5, 17, 6)])
@@ -351,8 +350,8 @@ def test_bad_arguments(device: torch.device, call, error, message: str) -> None:
 def test_more_than_2_31_elements(device: torch.device, backend: str) -> None:
     if backend == "reference":
         pytest.skip("plain PyTorch makes float32 copies of everything")
-    needs_memory(device, 20)
-    rows, channels = 2**25 + 2, 64
+    needs_memory(device, 18)
+    rows, channels = 2**25 + 4, 64
     piece = torch.randn(2, channels, device=device).half()
     x = piece.repeat(rows // 2, 1).requires_grad_()
     mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)

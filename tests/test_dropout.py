@@ -70,7 +70,6 @@ def test_known_answer_through_the_op(device: torch.device) -> None:
         assert above == [n >= number + 1 for n in halves]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 33, 64, 257])
 def test_mask_is_the_oracles(device: torch.device, seed: tuple[int, int], columns: int) -> None:

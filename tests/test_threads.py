@@ -59,7 +59,6 @@ def own_kernels(backend: str, device: torch.device) -> str:
     return backend
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("name", CASES)
 def test_threads(device: torch.device, own_kernels: str, name: str) -> None:
     case = CASES[name](device=device)
