@@ -365,5 +365,6 @@ def test_more_than_2_31_elements(device: torch.device, backend: str) -> None:
         )
     grad_output = x.detach()[:1].expand(rows, channels)
     (grad,) = torch.autograd.grad(y, x, grad_output)
-    assert grad.isfinite().all()
-    assert grad[-2:].equal(grad[:2])
+    for start in (0, rows // 2, rows - 2):  # pieces: isfinite() of it all takes another 8 GiB
+        assert grad[start : start + 2].isfinite().all()
+        assert grad[start : start + 2].equal(grad[:2])
