@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,17 +59,44 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    events = _memory_events(step)
+    held = peak = 0
+    for size in events:
+        held += size
+        peak = max(peak, held)
+    return peak if events else None
+
+
+def count_allocations(step: Callable[[], object]) -> list[int]:
+    """Return the bytes of each block that a step takes from PyTorch's CPU allocator."""
+    step()
+    return [size for size in _memory_events(step) if size > 0]
+
+
+def _memory_events(step: Callable[[], object]) -> list[int]:
+    """Return the bytes taken (positive) and given back (negative), in order."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [ProfilerActivity.CPU]
+    with _quiet(), profile(activities=activities, profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    held = peak = 0
-    for event in events:
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak if events else None
+    return [event.nbytes() for event in events]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the profiler's C++ side says about itself off the terminal."""
+    saved = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
 
 
 def launches(step: Callable[[], object]) -> int:
@@ -75,7 +104,8 @@ def launches(step: Callable[[], object]) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with _quiet(), profile(activities=activities) as profiler:
         step()
         torch.cuda.synchronize()
     return sum(

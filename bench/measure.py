@@ -1,0 +1,111 @@
+"""Check the contestants of a case against float64, then time them in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import counting, environment, workload
+from .cases import Case
+from .errors import Unsupported, Wrong
+from .results import Row
+from .rivals import AGAIN, EAGER, FUSED, Contestant, Rival
+from .timing import Budget, interleave, ratios, spread
+
+Exact = list[Tensor]
+
+
+def measure(case: Case, rivals: Sequence[Rival], budget: Budget) -> list[Row]:
+    """Return a row for every rival, and one for eager a second time: what ratio noise makes.
+
+    A contestant that cannot run or is wrong gets a row without times that says so.
+    """
+    gc.collect()
+    work = workload.build(case)
+    rows: dict[str, Row] = {}
+    contestants: dict[str, Contestant] = {}
+    exact = work.results(work.eager, torch.float64)
+    eager_error = workload.error(work.results(work.eager), exact)
+    for rival in rivals:
+        row = rows[rival.name] = _row(case, rival.name)
+        try:
+            contestant = rival.prepare(work)
+            if contestant.results is not None:
+                row.error = workload.error(contestant.results(), exact)
+                workload.check(row.error, eager_error, case.dtype)
+            contestants[rival.name] = contestant
+        except Unsupported:
+            del rows[rival.name]
+        except Wrong as reason:
+            row.note = f"wrong, so not timed: {reason}"
+        except Exception as failure:  # a rival's failure is its own
+            if rival.name in (EAGER, FUSED):
+                raise
+            row.note = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+    del exact
+    if EAGER in contestants:
+        contestants[AGAIN] = next(r for r in rivals if r.name == EAGER).prepare(work)
+        rows[AGAIN] = _row(case, AGAIN)
+    device = torch.device(case.device)
+    with _mode(case):
+        _time(rows, contestants, device, budget)
+        _count(rows, contestants, device, case)
+    return list(rows.values())
+
+
+def _row(case: Case, contestant: str) -> Row:
+    return Row(
+        case.op, case.shape, case.batch, case.mode, case.dtype_name, case.device,
+        torch.get_num_threads(), contestant, flops=case.flops, bytes=case.bytes,
+    )  # fmt: skip
+
+
+def _mode(case: Case) -> contextlib.AbstractContextManager[object]:
+    # Entered once around all calls: entering it costs as much as a small network.
+    return torch.inference_mode() if case.mode == "eval" else contextlib.nullcontext()
+
+
+def _time(
+    rows: dict[str, Row],
+    contestants: dict[str, Contestant],
+    device: torch.device,
+    budget: Budget,
+) -> None:
+    steps: dict[str, Callable[[], object]] = {}
+    for name, contestant in contestants.items():
+        try:
+            contestant.step()  # a compiler may give up here
+            steps[name] = contestant.step
+        except Exception as failure:
+            if name in (EAGER, AGAIN, FUSED):
+                raise
+            rows[name].note = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+    samples = interleave(steps, budget, lambda: environment.synchronize(device))
+    for name, taken in samples.items():
+        row, times = rows[name], spread(taken.seconds)
+        row.median_s, row.low_s, row.high_s = times.median, times.low, times.high
+        row.samples, row.first_call_s = times.count, taken.first_call
+        ratio = ratios(samples[EAGER].seconds, taken.seconds)
+        row.speed_up, row.speed_up_low, row.speed_up_high = ratio.median, ratio.low, ratio.high
+
+
+def _count(
+    rows: dict[str, Row], contestants: dict[str, Contestant], device: torch.device, case: Case
+) -> None:
+    with torch.inference_mode(case.mode == "eval"):
+        ops, moved = counting.count_ops(contestants[EAGER].step)
+    for name in (EAGER, AGAIN):
+        rows[name].ops, rows[name].bytes = ops, float(moved)
+    for name in (EAGER, FUSED):
+        row = rows[name]
+        if row.median_s is None:
+            continue
+        row.peak_bytes = counting.peak_memory(contestants[name].step, device)
+        if device.type == "cuda":
+            row.launches = counting.launches(contestants[name].step)
+            for key, value in counting.gpu_times(contestants[name].step).items():
+                setattr(row, key, value)

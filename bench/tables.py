@@ -1,0 +1,177 @@
+"""Results as tables: for the terminal with rich, and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .results import Results, Row
+from .rivals import AGAIN, EAGER, FUSED
+
+
+def seconds(value: float | None) -> str:
+    """Return a time with three digits and its unit."""
+    if value is None:
+        return "–"
+    for scale, unit in ((1e-6, "µs"), (1e-3, "ms")):
+        if value < scale * 1000:
+            return f"{value / scale:.3g} {unit}" if value / scale < 100 else (
+                f"{value / scale:.0f} {unit}"
+            )
+    return f"{value:.3g} s"
+
+
+def times(value: float | None) -> str:
+    """Return a ratio, as ``4.2×``."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}×" if value >= 9.95 else f"{value:.2f}×"
+
+
+def size(value: float | None) -> str:
+    """Return bytes with their unit."""
+    if value is None:
+        return "–"
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+Case = tuple[str, str, int, str, str, str, int]
+
+
+def by_case(rows: Iterable[Row]) -> dict[Case, dict[str, Row]]:
+    """Return the rows of each case by contestant, in the order they were measured."""
+    found: dict[Case, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row.case, {})[row.contestant] = row
+    return found
+
+
+def rivals_of(rows: Iterable[Row]) -> list[str]:
+    """Return who else ran, in order."""
+    names = dict.fromkeys(row.contestant for row in rows)
+    return [name for name in names if name not in (EAGER, AGAIN, FUSED)]
+
+
+HEADER = ("case", "batch", "mode", "eager", "fused", "speed-up", "quartiles", "A/A noise",
+          "of peak", "peak memory")  # fmt: skip
+
+
+def cells(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the lines of the main table.
+
+    A rival's cell is fused's gain over it: the rival's median over fused's.
+    """
+    others = rivals_of(results.rows)
+    lines = []
+    for rows in by_case(results.rows).values():
+        eager, fused = rows.get(EAGER), rows.get(FUSED)
+        if eager is None or fused is None:
+            continue
+        again = rows.get(AGAIN)
+        line = [
+            f"{fused.op} {fused.shape}",
+            str(fused.batch),
+            fused.mode,
+            seconds(eager.median_s),
+            seconds(fused.median_s),
+            times(fused.speed_up) if fused.median_s else fused.note,
+            f"{times(fused.speed_up_low)} – {times(fused.speed_up_high)}",
+            noise(again),
+            of_peak(fused, results.peaks),
+            f"{size(fused.peak_bytes)} / {size(eager.peak_bytes)}",
+        ]
+        lines.append(line + [_gain_over(rows.get(name), fused) for name in others])
+    return [*HEADER, *(f"vs {name}" for name in others)], lines
+
+
+def _gain_over(rival: Row | None, fused: Row) -> str:
+    if rival is None:
+        return ""
+    if rival.median_s is None or fused.median_s is None:
+        return "wrong" if rival.note.startswith("wrong") else "failed"
+    return times(rival.median_s / fused.median_s)
+
+
+def noise(again: Row | None) -> str:
+    """Return how far eager against itself strays from 1."""
+    if again is None or again.speed_up_low is None or again.speed_up_high is None:
+        return "–"
+    return f"±{50 * (again.speed_up_high - again.speed_up_low):.0f} %"
+
+
+def of_peak(row: Row, peaks: dict[str, float]) -> str:
+    """Return the share of the nearer ceiling a row reaches: FLOP/s or bytes/s."""
+    share = roof_share(row, peaks)
+    return "–" if share is None else f"{100 * share[0]:.0f} % {share[1]}"
+
+
+def roof_share(row: Row, peaks: dict[str, float]) -> tuple[float, str] | None:
+    """Return (share, "FMA" or "copy") of the roof above a row."""
+    if not peaks or row.gflops is None or row.gb_per_s is None:
+        return None
+    shares = (row.gflops / peaks["gflops"], "FMA"), (row.gb_per_s / peaks["gb_per_s"], "copy")
+    return max(shares)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; columns after the first are set to the right."""
+    rows = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
+    rows += ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join(rows)
+
+
+def losing_lines(results: Results) -> list[str]:
+    """Return a sentence for every rival that was faster than fused."""
+    fused = {row.case: row for row in results.of(FUSED)}
+    found = []
+    for row in results.losing():
+        ours = fused[row.case].median_s or 0.0
+        found.append(
+            f"{row.op} {row.shape} batch {row.batch} {row.mode} {row.dtype}: {row.contestant} "
+            f"{seconds(row.median_s)}, fused {seconds(ours)} ({times((row.median_s or 0) / ours)})"
+        )
+    return found
+
+
+def failed_lines(results: Results) -> list[str]:
+    """Return a sentence for everything that was not timed, and why."""
+    found = [f"{name}: {reason}" for name, reason in results.skipped.items()]
+    for row in results.rows:
+        if row.note:
+            found.append(
+                f"{row.contestant} at {row.op} {row.shape} batch {row.batch} {row.mode}: {row.note}"
+            )
+    return found
+
+
+def show(results: Results, console: Console | None = None) -> None:
+    """Print everything in the terminal."""
+    console = console or Console(highlight=False)
+    header, lines = cells(results)
+    table = Table(box=None, padding=(0, 1))
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i in (0, 2) else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    console.print(
+        "Speed-up: eager's time over fused's, median of the ratios within each round. A rival's "
+        "column: its time over fused's. Of peak: of the measured product's FLOP/s or the measured "
+        "copy's bytes/s, whichever is nearer. Peak memory: fused / eager.",
+        style="dim",
+        markup=False,
+    )
+    losing = losing_lines(results)
+    console.print(f"\nFaster than fused: {'nobody' if not losing else len(losing)}", style="bold")
+    for line in losing:
+        console.print(f"  {line}", markup=False)
+    failed = failed_lines(results)
+    if failed:
+        console.print("\nNot timed:", style="bold")
+        for line in failed:
+            console.print(f"  {line}", markup=False)
