@@ -130,9 +130,10 @@ def active_backend(device: str) -> str:
     """Return the name of the backend that serves ``device`` (a type, as "cpu") now."""
     if device not in _KEYS:
         return "reference"
-    chosen = _chosen
-    if chosen in ("reference", "triton"):
-        return chosen if chosen == "reference" or _triton_missing(device) is None else "reference"
+    if _chosen == "reference":
+        return "reference"
+    if _chosen == "triton" and _triton_missing(device) is None:
+        return "triton"
     if _native(device).path is not None:
         return "native"
     return "triton" if device == "cuda" and _triton_missing(device) is None else "reference"
@@ -170,15 +171,19 @@ def _choose(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, but got {name!r}")
     _require(name)
+    override = None
+    if name in ("triton", "reference"):
+        override = Library(KERNELS, "IMPL")
+        try:
+            for device, key in _KEYS.items():
+                if name == "reference" or _triton_missing(device) is None:
+                    _register(override, key, _implementation(name))
+        except BaseException:  # a kernel that does not import leaves the choice as it was
+            override._destroy()
+            raise
     if _override is not None:
         _override._destroy()
-        _override = None
-    if name in ("triton", "reference"):
-        _override = Library(KERNELS, "IMPL")
-        for device, key in _KEYS.items():
-            if name == "reference" or _triton_missing(device) is None:
-                _register(_override, key, _implementation(name))
-    _chosen = name
+    _override, _chosen = override, name
 
 
 def _require(name: str) -> None:
