@@ -2,13 +2,14 @@
 #
 #   TORCH='torch==2.14.1'   the torch to install, as pip takes it
 #   PYTHON=python3.12       the Python that .venv is made from
-#   DEMO='--epochs 5'  PYTEST='-k dropout'  BENCH='--quick'   more arguments for each command
+#   DEMO='--epochs 5'  PYTEST='-k dropout'  BENCH='--full'   more arguments for each command
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?=
 PYTEST ?=
 BENCH ?=
+DOCS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -17,13 +18,14 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 READY := $(VENV)/.ready-$(NAME)
 
-.PHONY: demo test bench lint format abi-check clean distclean help
+.PHONY: demo test bench docs-benchmarks lint format abi-check clean distclean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       train a network on real data, eager and fused, and compare the two'
 	@echo 'make test       run the tests'
 	@echo 'make bench      run the benchmarks'
+	@echo 'make docs-benchmarks  measure and rewrite the numbers of docs/benchmarks.md'
 	@echo 'make lint       check style and types (make format mends style)'
 	@echo 'make abi-check  run one wheel under several versions of torch'
 	@echo 'make clean      remove what was built; make distclean removes .venv as well'
@@ -36,6 +38,9 @@ test: $(READY)
 
 bench: $(READY)
 	$(RUN) -m bench $(BENCH)
+
+docs-benchmarks: $(READY)
+	$(RUN) -m bench docs $(DOCS)
 
 lint: $(READY) $(VENV)/.lint
 	$(RUN) -m ruff check .

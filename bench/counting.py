@@ -33,9 +33,8 @@ class OpCounter(TorchDispatchMode):
             self.ops += 1
             for leaf in (*tree_leaves((args, kwargs)), *tree_leaves(out)):
                 if isinstance(leaf, Tensor):
-                    self.bytes += leaf.untyped_storage().nbytes() if 0 in leaf.stride() else (
-                        leaf.numel() * leaf.element_size()
-                    )
+                    held = leaf.untyped_storage().nbytes()  # less, where a tensor is expanded
+                    self.bytes += min(held, leaf.numel() * leaf.element_size())
         return out
 
 
@@ -108,9 +107,7 @@ def launches(step: Callable[[], object]) -> int:
     with _quiet(), profile(activities=activities) as profiler:
         step()
         torch.cuda.synchronize()
-    return sum(
-        event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()
-    )
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
 
 
 def gpu_times(step: Callable[[], object]) -> dict[str, float]:

@@ -60,8 +60,11 @@ def collect(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm",
-                              "--format=csv,noheader"),  # fmt: skip
+            "driver": _output(
+                "nvidia-smi",
+                "--query-gpu=driver_version,clocks.sm,clocks.max.sm",
+                "--format=csv,noheader",
+            ),
             "cuda": torch.version.cuda,
         }
     return where

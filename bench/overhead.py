@@ -36,15 +36,13 @@ class _Empty(torch.autograd.Function):
     """A node with as many inputs that computes nothing, to see what the engine costs by itself."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, output: Tensor, gradients: list[Tensor], *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
         ctx.gradients = gradients
         ctx.save_for_backward(*tensors)
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         ctx.saved_tensors  # noqa: B018 - unpacking is part of any node
         return None, None, *ctx.gradients
 
@@ -142,9 +140,9 @@ def _raw_calls(
     work: workload.Workload, x: Tensor, grad: Tensor
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return the forward and the backward kernel's call, past modules and autograd."""
-    layers = work.fused.research_layers
+    layers: Any = work.fused.research_layers
     linears = [m for m in layers if isinstance(m, torch.nn.Linear)]
-    norm = next(m for m in layers if isinstance(m, torch.nn.BatchNorm1d))
+    norm: Any = next(m for m in layers if isinstance(m, torch.nn.BatchNorm1d))
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
     p = [work.case.dropout] * (len(linears) - 2)
     seed = draw_seed(x.device)
@@ -199,4 +197,3 @@ def text(found: dict[str, Any]) -> str:
         f"{found['allocations']} allocations a fused step.",
     ]
     return "\n".join(lines)
-

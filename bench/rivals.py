@@ -69,14 +69,13 @@ def _compiled(mode: str | None) -> Prepare:
         torch._dynamo.reset()
         model = copy.deepcopy(workload.eager)
         compiled = torch.compile(model, mode=mode, dynamic=False)
-        contestant = _module(workload, compiled)
-        contestant.step = workload.step(compiled, list(model.parameters()))
+        contestant = Contestant(workload.step(compiled, list(model.parameters())), None)
         # Without dropout it would be another graph: its training step is checked where the case
         # has no dropout, its evaluation always.
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        if workload.case.mode == "train":
-            contestant.results = None if drops else _compiled_results(workload, model, compiled)
-        else:
+        if workload.case.mode == "train" and not drops:
+            contestant.results = _compiled_results(workload, model, compiled)
+        elif workload.case.mode == "eval":
             contestant.results = lambda: [_inference(compiled, workload.inputs[0][0])]
         return contestant
 
@@ -109,7 +108,7 @@ def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _OneDnnFunction(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, library_for_weight: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -117,7 +116,7 @@ class _OneDnnFunction(torch.autograd.Function):
         return _onednn_product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -145,9 +144,8 @@ class OneDnnLinear(nn.Linear):
         if self.through_onednn is None:
             grad = torch.randn(len(input), self.out_features, dtype=input.dtype)
             data = input.detach()
-            self.through_onednn = _seconds(
-                lambda: _weight_gradient(grad, data, True)
-            ) < _seconds(lambda: _weight_gradient(grad, data, False))
+            through = _seconds(lambda: _weight_gradient(grad, data, True))
+            self.through_onednn = through < _seconds(lambda: _weight_gradient(grad, data, False))
         return _OneDnnFunction.apply(input, self.weight, self.bias, self.through_onednn)
 
 

@@ -37,6 +37,7 @@ def _contestant(step: Any, results: Any) -> Contestant:
 def _folded(model: nn.Module) -> list[tuple[Tensor, Tensor, str]]:
     """Return (weight, bias, activation) of each layer, the batch norm folded into its Linear."""
     layers: list[tuple[Tensor, Tensor, str]] = []
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Linear):
             layers.append((module.weight.detach(), module.bias.detach(), ""))
@@ -137,9 +138,9 @@ def jax(workload: Workload) -> Contestant:
 
     eager, case = workload.eager, workload.case
     linears = [m for m in eager.modules() if isinstance(m, nn.Linear)]
-    norm = next(m for m in eager.modules() if isinstance(m, nn.BatchNorm1d))
+    norm: Any = next(m for m in eager.modules() if isinstance(m, nn.BatchNorm1d))
 
-    def array(tensor: Tensor) -> Any:
+    def array(tensor: Any) -> Any:
         return jnp.array(tensor.detach().numpy())
 
     parameters: list[Any] = []

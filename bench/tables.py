@@ -17,9 +17,8 @@ def seconds(value: float | None) -> str:
         return "–"
     for scale, unit in ((1e-6, "µs"), (1e-3, "ms")):
         if value < scale * 1000:
-            return f"{value / scale:.3g} {unit}" if value / scale < 100 else (
-                f"{value / scale:.0f} {unit}"
-            )
+            scaled = value / scale
+            return f"{scaled:.3g} {unit}" if scaled < 100 else f"{scaled:.0f} {unit}"
     return f"{value:.3g} s"
 
 
@@ -57,6 +56,8 @@ def rivals_of(rows: Iterable[Row]) -> list[str]:
     return [name for name in names if name not in (EAGER, AGAIN, FUSED)]
 
 
+_WIDE = 130  # columns of a terminal that shows every column of the table
+
 HEADER = ("case", "batch", "mode", "eager", "fused", "speed-up", "quartiles", "A/A noise",
           "of peak", "peak memory")  # fmt: skip
 
@@ -73,7 +74,7 @@ def cells(results: Results) -> tuple[list[str], list[list[str]]]:
         if eager is None or fused is None:
             continue
         again = rows.get(AGAIN)
-        line = [
+        shown = [
             f"{fused.op} {fused.shape}",
             str(fused.batch),
             fused.mode,
@@ -85,7 +86,7 @@ def cells(results: Results) -> tuple[list[str], list[list[str]]]:
             of_peak(fused, results.peaks),
             f"{size(fused.peak_bytes)} / {size(eager.peak_bytes)}",
         ]
-        lines.append(line + [_gain_over(rows.get(name), fused) for name in others])
+        lines.append(shown + [_gain_over(rows.get(name), fused) for name in others])
     return [*HEADER, *(f"vs {name}" for name in others)], lines
 
 
@@ -149,15 +150,18 @@ def failed_lines(results: Results) -> list[str]:
     return found
 
 
-def show(results: Results, console: Console | None = None) -> None:
-    """Print everything in the terminal."""
-    console = console or Console(highlight=False)
+def show(results: Results, console: Console) -> None:
+    """Print everything in the terminal; a narrow one leaves some columns to the files."""
     header, lines = cells(results)
-    table = Table(box=None, padding=(0, 1))
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i in (0, 2) else "right", overflow="fold")
+    hidden = set() if console.width >= _WIDE else {"quartiles", "of peak", "peak memory"}
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    kept = [i for i, name in enumerate(header) if name not in hidden]
+    for i in kept:
+        table.add_column(
+            header[i], justify="left" if i in (0, 2) else "right", overflow="fold", no_wrap=i > 0
+        )
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(line[i] for i in kept))
     console.print(table)
     console.print(
         "Speed-up: eager's time over fused's, median of the ratios within each round. A rival's "
@@ -168,10 +172,17 @@ def show(results: Results, console: Console | None = None) -> None:
     )
     losing = losing_lines(results)
     console.print(f"\nFaster than fused: {'nobody' if not losing else len(losing)}", style="bold")
-    for line in losing:
-        console.print(f"  {line}", markup=False)
+    for sentence in losing:
+        console.print(f"  {sentence}", markup=False, soft_wrap=True)
     failed = failed_lines(results)
     if failed:
         console.print("\nNot timed:", style="bold")
-        for line in failed:
-            console.print(f"  {line}", markup=False)
+        for sentence in failed:
+            console.print(f"  {sentence}", markup=False, soft_wrap=True)
+
+
+def plain(rows: Sequence[dict[str, object]]) -> str:
+    """Return rows of the same keys as a Markdown table."""
+    if not rows:
+        return ""
+    return markdown(list(rows[0]), [[str(v) for v in row.values()] for row in rows])

@@ -112,7 +112,8 @@ def spread(values: Sequence[float]) -> Spread:
     if not values:
         raise ValueError("spread() of no values")
     ordered = sorted(values)
-    return Spread(*(quantile(ordered, q) for q in (0.5, 0.25, 0.75)), len(ordered))
+    low, median, high = (quantile(ordered, q) for q in (0.25, 0.5, 0.75))
+    return Spread(median, low, high, len(ordered))
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:

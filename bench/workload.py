@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,9 @@ class Workload:
     fused: nn.Module
     inputs: list[tuple[Tensor, Tensor]]
 
-    def step(self, model: Callable[[Tensor], Tensor], parameters: list[Tensor]) -> Callable[[], object]:
+    def step(
+        self, model: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]
+    ) -> Callable[[], object]:
         """Return what is timed: a call, and in training its backward into fresh gradients."""
         following = itertools.cycle(self.inputs).__next__
         if self.case.mode == "eval":
@@ -70,7 +73,7 @@ class Workload:
         if self.case.mode == "eval":
             with torch.inference_mode():
                 return [model(x).clone()]
-        leaves = list(model.parameters())
+        leaves: list[Tensor] = list(model.parameters())
         if self.inputs[0][0].requires_grad:
             leaves.append(x.requires_grad_())
         output = model(x)
@@ -89,7 +92,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 def build(case: Case) -> Workload:
     """Make modules and data of a case, the same every time."""
     torch.manual_seed(0)
-    place = {"device": case.device, "dtype": case.dtype}
+    place: dict[str, Any] = {"device": case.device, "dtype": case.dtype}
     eager: nn.Module
     fused: nn.Module
     if case.op == NETWORK:
@@ -122,8 +125,8 @@ def _shake(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm1d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
-            module.running_mean.uniform_(-0.5, 0.5)
-            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.get_buffer("running_mean"), -0.5, 0.5)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 1.5)
 
 
 def _inputs(case: Case, before: int, outputs: int) -> list[tuple[Tensor, Tensor]]:
@@ -133,7 +136,7 @@ def _inputs(case: Case, before: int, outputs: int) -> list[tuple[Tensor, Tensor]
     if one >= _ROTATED_FROM and case.op != NETWORK:
         cached = environment.last_level_cache() if case.device == "cpu" else 2**27
         count = min(_MOST_INPUTS, max(2, math.ceil(2 * cached / one)))
-    place = {"device": case.device, "dtype": case.dtype}
+    place: dict[str, Any] = {"device": case.device, "dtype": case.dtype}
     pairs = []
     for _ in range(count):
         x = torch.randn(case.batch, before, **place) * 2 + 0.5

@@ -1,0 +1,57 @@
+"""``python -m bench gpu-report``: what the GPU kernels compile to. Needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fused_mlp import _build, backends
+
+from .errors import BenchError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a Markdown table of the Triton kernels and one of the CUDA C++ kernels."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu-report",
+        description="Compile every Triton and CUDA C++ kernel for every chip and list registers, "
+        "spills, shared memory, occupancy and instructions. Minutes of compiling.",
+    )
+    parser.add_argument("--only", choices=("triton", "cuda"), help="one half of it")
+    options = parser.parse_args(argv)
+    halves = {"triton": _triton, "cuda": _cuda}
+    for name, half in halves.items():
+        if options.only in (None, name):
+            try:
+                text = half()
+            except BenchError as missing:
+                if options.only:
+                    raise
+                text = f"{name}: {missing}"
+            sys.stdout.write(text + "\n\n")
+    return 0
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        raise BenchError('triton is not installed: pip install "fused_mlp[triton]"')
+    from . import gpu_report
+
+    return gpu_report.table(gpu_report.report())
+
+
+def _cuda() -> str:
+    from . import cuda_report
+
+    path = backends._native("cuda").path
+    library = ctypes.CDLL(path) if path else None
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            return cuda_report.table(cuda_report.report(library, Path(cache)))
+        except _build.BuildUnavailable as error:
+            raise BenchError(f"{error.reason}: {error.remedy}") from error
