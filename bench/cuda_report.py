@@ -206,9 +206,7 @@ def report(
                 resident = None
                 if shape:
                     shared = compiled.static_shared + shape.shared_bytes
-                    resident = occupancy(
-                        CHIPS[arch], compiled.registers, shape.threads, shared
-                    )
+                    resident = occupancy(CHIPS[arch], compiled.registers, shape.threads, shared)
                 rows.append(Row(compiled, shape, resident))
     return rows
 

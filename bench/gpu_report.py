@@ -59,7 +59,9 @@ def cases() -> list[Case]:
     return found
 
 
-def report(chips: Sequence[str] = CHIPS, chosen: Sequence[Case] | None = None) -> list[tuple[Case, Kernel]]:
+def report(
+    chips: Sequence[str] = CHIPS, chosen: Sequence[Case] | None = None
+) -> list[tuple[Case, Kernel]]:
     """Compile cases for chips and return one entry for each kernel they launch."""
     rows = []
     for case in cases() if chosen is None else chosen:
@@ -81,7 +83,8 @@ def table(rows: Sequence[tuple[Case, Kernel]]) -> str:
     for case, k in rows:
         shared = f"{k.shared / 1024:.1f} of {SHARED_LIMIT[k.chip] // 1024}"
         cells = (k.name.removesuffix("_kernel"), case.shape, case.dtype_name, k.chip, k.num_warps,
-                 k.registers, k.spilled, shared, k.matrix or "–", k.wide_loads, k.wide_stores)  # fmt: skip
+                 k.registers, k.spilled, shared, k.matrix or "–", k.wide_loads,
+                 k.wide_stores)  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -140,9 +143,7 @@ def _research_net(widths: tuple[int, ...], dtype: torch.dtype) -> Callable[[], o
 
         layers, channels = len(widths) - 1, widths[-2]
         x, seed = torch.empty(65536, widths[0], dtype=dtype), torch.zeros(2, dtype=torch.int64)
-        weights = [
-            torch.empty(n, k, dtype=dtype) for k, n in zip(widths, widths[1:], strict=False)
-        ]
+        weights = [torch.empty(n, k, dtype=dtype) for k, n in zip(widths, widths[1:], strict=False)]
         biases = [torch.empty(n, dtype=dtype) for n in widths[1:]]
         mean, var, gamma, beta = torch.empty(4, channels, dtype=dtype).unbind()
         tracked, dropout = torch.zeros((), dtype=torch.int64), [0.3] * (layers - 2)

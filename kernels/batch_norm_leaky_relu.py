@@ -305,9 +305,7 @@ def batch_norm_leaky_relu(
 ):  # fmt: skip
     """Return (output, mean, rstd) and, in training, update the running statistics in place."""
     if input.numel() == 0:
-        return _without_values(
-            input, running_mean, running_var, num_batches_tracked, training, eps
-        )
+        return _without_values(input, running_mean, running_var, num_batches_tracked, training, eps)
     output = input.new_empty(input.shape)
     acc = accumulator(input.dtype)
     channels = input.shape[1]

@@ -49,7 +49,7 @@ def dot_precision(dtype):
     return "ieee"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _target(device_index):
     if INTERPRETED:
         return "interpreter", 0

@@ -177,8 +177,10 @@ def linear_relu(input, weight, bias, dropout_p, seed):
     output = input.new_empty((*input.shape[:-1], out_features))
     if output.numel() == 0:
         return output
-    x = input.reshape(-1, in_features) if in_features else input.new_empty(
-        (output.numel() // out_features, 0)
+    x = (
+        input.reshape(-1, in_features)
+        if in_features
+        else input.new_empty((output.numel() // out_features, 0))
     )
     rows = x.shape[0]
     seed = None if seed is None or dropout_p == 0 else seed.contiguous()

@@ -171,9 +171,7 @@ class _Problem:
             self.tensors = [t.permute(self.order).contiguous() for t in tensors]
             self.output = torch.empty_like(self.tensors[0])
             first = len(shape) - len(reduced)
-            found = as_matrices(
-                [*self.tensors, self.output], list(range(first, len(shape)))
-            )
+            found = as_matrices([*self.tensors, self.output], list(range(first, len(shape))))
         assert found is not None
         self.sizes, self.strides = found
         kept, outer, inner = self.sizes

@@ -45,6 +45,4 @@ def launch(kernel, grid, arguments, constants, tiles, names):
         return
     tile = tiles[0]
     meta = dict(zip(names, (tile.rows, tile.columns, tile.depth), strict=True))
-    kernel[grid(meta)](
-        *arguments, **constants, **meta, **options(tile.num_warps, tile.num_stages)
-    )
+    kernel[grid(meta)](*arguments, **constants, **meta, **options(tile.num_warps, tile.num_stages))

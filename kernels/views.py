@@ -68,9 +68,7 @@ def plan(kept, outer, inner, itemsize, kept_is_contiguous):
     per_part = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, per_part)
     warps = max(1, min(8, block_k * block_l * block_o // 512))
-    return Plan(
-        block_k, block_o, block_l, blocks_k, tiles_l, tiles, per_part, parts, warps
-    )
+    return Plan(block_k, block_o, block_l, blocks_k, tiles_l, tiles, per_part, parts, warps)
 
 
 def _fill(size, wanted, have):

@@ -86,8 +86,10 @@ def check(program: str, version: str, wheel: Path, keep: bool) -> str:
         pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         call([*pip, f"torch=={version}"])
         call([*pip, f"{wheel}[test]"])
-        # beside the tests lies no package, so what they import is the wheel
-        shutil.copytree(ROOT / "tests", folder / "tests")
+        # no package lies beside the tests and the benchmarks they read, so what they import is the
+        # wheel's
+        for name in ("tests", "bench"):
+            shutil.copytree(ROOT / name, folder / name)
         shutil.copy(ROOT / "pyproject.toml", folder)
         # neither a compiler nor the right to build: it is the wheel's own library that must load
         environment = {**os.environ, "FUSED_MLP_JIT": "0"}

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import ptxsim
-from bench.cuda_launches import WRITE, Device, Launch, hooked
 from ptxsim import nvcc
+
+from bench.cuda_launches import WRITE, Device, Launch, hooked
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -43,16 +44,22 @@ class Record:
 
 
 def ptx_cache() -> Path:
-    return Path(os.environ.get("FUSED_MLP_TEST_CACHE", Path(tempfile.gettempdir()) / "fused_mlp_ptx"))
+    return Path(
+        os.environ.get("FUSED_MLP_TEST_CACHE", Path(tempfile.gettempdir()) / "fused_mlp_ptx")
+    )
 
 
 def compile_ptx(name: str, arch: int) -> str:
     """The PTX of one file of csrc/cuda, kept between runs by the contents of all of csrc."""
     digest = hashlib.sha256(repr((name, arch, FLAGS)).encode())
-    for path in sorted(SOURCES.glob("*.cuh")) + sorted(SOURCES.glob("*.h")) + [
-        SOURCES / name,
-        ROOT / "csrc" / "common" / "philox.h",
-    ]:
+    for path in (
+        sorted(SOURCES.glob("*.cuh"))
+        + sorted(SOURCES.glob("*.h"))
+        + [
+            SOURCES / name,
+            ROOT / "csrc" / "common" / "philox.h",
+        ]
+    ):
         digest.update(path.read_bytes())
     kept = ptx_cache() / f"{name}-{arch}-{digest.hexdigest()[:16]}.ptx"
     if not kept.exists():
@@ -67,7 +74,7 @@ def compile_ptx(name: str, arch: int) -> str:
 
 
 def single_kernel(text: str, kernel: str) -> str:
-    """The PTX of a module cut down to one kernel (and what is not a kernel), which parses faster."""
+    """The PTX of a module cut down to one kernel (and what is not a kernel), to parse faster."""
     head, *parts = text.split("\n\t// .globl\t")
     shared = [line for part in parts for line in part.split("\n") if line.startswith(".extern")]
     kept = [part for part in parts if part.split("\n", 1)[0].strip() == kernel]

@@ -20,12 +20,12 @@ from fused_mlp import _build
 from fused_mlp.ops.schemas import KERNEL_SCHEMAS
 
 
-def test_registers_every_op(cuda_library: ctypes.CDLL) -> None:  # noqa: F811
+def test_registers_every_op(cuda_library: ctypes.CDLL) -> None:
     for name in KERNEL_SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_mlp_kernels::{name}", "CUDA")
 
 
-def test_needs_no_unstable_symbol(cuda_library: ctypes.CDLL) -> None:  # noqa: F811
+def test_needs_no_unstable_symbol(cuda_library: ctypes.CDLL) -> None:
     """It loaded beside this torch, a CPU wheel or not; no C++ symbol of torch ties it to one."""
     listing = subprocess.run(
         ["nm", "-D", "--undefined-only", "--demangle", cuda_library._name],
@@ -37,7 +37,7 @@ def test_needs_no_unstable_symbol(cuda_library: ctypes.CDLL) -> None:  # noqa: F
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_fails_as_torch_does(cuda_library: ctypes.CDLL) -> None:  # noqa: F811
+def test_without_a_gpu_fails_as_torch_does(cuda_library: ctypes.CDLL) -> None:
     def error(call: Callable[[], object]) -> tuple[type, str]:
         with pytest.raises((RuntimeError, AssertionError)) as caught:
             call()
@@ -47,7 +47,7 @@ def test_without_a_gpu_fails_as_torch_does(cuda_library: ctypes.CDLL) -> None:  
     assert ours == error(lambda: torch.relu(torch.ones(3, device="cuda")))
 
 
-def test_errors_name_the_kernel(cuda_library: ctypes.CDLL) -> None:  # noqa: F811
+def test_errors_name_the_kernel(cuda_library: ctypes.CDLL) -> None:
     def refuse(launch: object) -> None:
         raise MemoryError("no")
 
@@ -62,7 +62,7 @@ def test_errors_name_the_kernel(cuda_library: ctypes.CDLL) -> None:  # noqa: F81
 
 @pytest.mark.parametrize("columns", [64, 7])
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_dropout_mask(gpu80: Simulator, columns: int, p: float) -> None:  # noqa: F811
+def test_dropout_mask(gpu80: Simulator, columns: int, p: float) -> None:
     """The mask is that of every backend: Philox by key, offset, row and column."""
     seed = torch.tensor([-7, 2**33 + 1])
     keep = keep_mask(seed, 70, columns, p)
@@ -101,7 +101,7 @@ def check_chip(library: ctypes.CDLL, arch: int, cache: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", sorted(cuda_report.CHIPS))
-def test_every_chip(cuda_library: ctypes.CDLL, report_cache: Path, arch: int) -> None:  # noqa: F811
+def test_every_chip(cuda_library: ctypes.CDLL, report_cache: Path, arch: int) -> None:
     """No spills, no warnings, shared memory within the chip's, tensor cores and wide loads used."""
     check_chip(cuda_library, arch, report_cache)
 

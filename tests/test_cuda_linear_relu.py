@@ -54,7 +54,7 @@ def test_large_goes_to_the_library(gpu80: Simulator, dtype: torch.dtype) -> None
     assert [r.kernel.rsplit("_", 1)[0] for r in gpu80.records] == ["fused_mlp_relu_elements"] * 2
 
 
-def test_tf32(cuda_library: ctypes.CDLL, gpu80: Simulator) -> None:  # noqa: F811
+def test_tf32(cuda_library: ctypes.CDLL, gpu80: Simulator) -> None:
     case = linear_case((100, 72), 40, p=0.3, device=CPU)
     x, weight, bias = case.tensors.values()
     exact = case.exact(x.double(), weight.double(), bias.double())
@@ -78,7 +78,7 @@ def test_nan_and_infinity(gpu80: Simulator) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_traffic(simulate: Callable[..., Simulator], dtype: torch.dtype) -> None:  # noqa: F811
+def test_traffic(simulate: Callable[..., Simulator], dtype: torch.dtype) -> None:
     x, w = torch.randn(256, 64).to(dtype), torch.randn(64, 64).to(dtype)
     b, seed, g = torch.randn(64).to(dtype), torch.tensor([5, 6]), torch.randn(256, 64).to(dtype)
     simulator = simulate(multiprocessors=4, stats=True)
@@ -96,7 +96,7 @@ def test_traffic(simulate: Callable[..., Simulator], dtype: torch.dtype) -> None
         assert ("mma" in s.instructions) == (dtype != torch.float32)
 
 
-def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> None:
     x, w, g = torch.randn(700, 30), torch.randn(20, 30), torch.randn(700, 20)
     results = []
     for shuffle in (None, 1):

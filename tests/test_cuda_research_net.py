@@ -18,7 +18,7 @@ REFERENCE = (10, 64, 32, 5)
 
 
 @pytest.fixture(autouse=True)
-def _fits(cuda_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def _fits(cuda_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the simulated device answer which widths it takes."""
 
     def fits(input: torch.Tensor, weights: list[torch.Tensor]) -> bool:
@@ -58,7 +58,7 @@ def test_dtypes(gpu: Simulator, dtype: torch.dtype, training: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(128, 128, 32, 10), (33, 100, 47, 65, 20), (5, 130, 1)])
 def test_wide(
-    simulate: Callable[..., Simulator],  # noqa: F811
+    simulate: Callable[..., Simulator],
     dtype: torch.dtype,
     widths: tuple[int, ...],
 ) -> None:
@@ -164,7 +164,7 @@ def test_empty(gpu80: Simulator) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_in_any_block_order(
-    simulate: Callable[..., Simulator],  # noqa: F811
+    simulate: Callable[..., Simulator],
     dtype: torch.dtype,
 ) -> None:
     a = arguments(300, dtype)
@@ -176,7 +176,7 @@ def test_same_bits_in_any_block_order(
     assert all(map(torch.equal, *results))
 
 
-def test_mask_is_the_same_for_any_tile(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+def test_mask_is_the_same_for_any_tile(simulate: Callable[..., Simulator]) -> None:
     """Devices of 1 and 64 multiprocessors cut 200 rows into tiles of 64 and of 16."""
     a, outputs, blocks = arguments(200, p=0.5), [], []
     for multiprocessors in (1, 64):
@@ -188,7 +188,7 @@ def test_mask_is_the_same_for_any_tile(simulate: Callable[..., Simulator]) -> No
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
-def test_tf32(cuda_library: ctypes.CDLL, gpu80: Simulator) -> None:  # noqa: F811
+def test_tf32(cuda_library: ctypes.CDLL, gpu80: Simulator) -> None:
     case = research_case(100, REFERENCE, True, p=0.3, device=CPU)
     inputs = [t.clone().requires_grad_() for t in case.tensors.values()]
     doubles = [t.detach().double().requires_grad_() for t in inputs]
@@ -208,8 +208,8 @@ def test_tf32(cuda_library: ctypes.CDLL, gpu80: Simulator) -> None:  # noqa: F81
 
 @pytest.mark.parametrize("math", ["float32", "bfloat16", "tf32"])
 def test_traffic(
-    simulate: Callable[..., Simulator],  # noqa: F811
-    cuda_library: ctypes.CDLL,  # noqa: F811
+    simulate: Callable[..., Simulator],
+    cuda_library: ctypes.CDLL,
     math: str,
 ) -> None:
     """Rows are read once a launch, weights once, outputs written once, activations never."""
@@ -245,7 +245,7 @@ def test_traffic(
         assert ("mma" in s.instructions) == (math != "float32")
 
 
-def test_fits(cuda_library: ctypes.CDLL, simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+def test_fits(cuda_library: ctypes.CDLL, simulate: Callable[..., Simulator]) -> None:
     def fits(*widths: int, size: int = 4) -> bool:
         array = (ctypes.c_int64 * len(widths))(*widths)
         return bool(cuda_library.fused_mlp_research_net_fits(array, len(widths), size))

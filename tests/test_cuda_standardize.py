@@ -36,9 +36,7 @@ def test_normalize_dtypes(gpu: Simulator, dtype: torch.dtype) -> None:
     check_case(normalize_case((70, 20), [0], dtype=dtype, device=CPU))
 
 
-@pytest.mark.parametrize(
-    "layout", ["transposed", "columns", "gap", "steps", "offset", "expanded"]
-)
+@pytest.mark.parametrize("layout", ["transposed", "columns", "gap", "steps", "offset", "expanded"])
 @pytest.mark.parametrize("dim", [None, [0], [1]])
 def test_normalize_layouts(gpu80: Simulator, layout: str, dim: list[int] | None) -> None:
     case = normalize_case((29, 18), dim, device=CPU)
@@ -52,7 +50,7 @@ def test_normalize_keeps_small_deviations(gpu80: Simulator) -> None:
     check_case(normalize_case((64, 100), None, device=CPU, scale=1e-2, offset=1e4))
 
 
-def test_large_is_cut_into_chunks(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+def test_large_is_cut_into_chunks(simulate: Callable[..., Simulator]) -> None:
     simulator = simulate(multiprocessors=5)
     with simulator.running():
         check_case(normalize_case((20011,), None, device=CPU))
@@ -128,7 +126,7 @@ def test_empty(gpu80: Simulator) -> None:
     assert not gpu80.records
 
 
-def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> None:
     x, g = torch.randn(1500, 12), torch.randn(1500, 12)
     results = []
     for shuffle in (None, 1, 2):
@@ -147,7 +145,7 @@ def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["normalize", "normalize columns", "batch norm"])
-def test_traffic(simulate: Callable[..., Simulator], op: str, dtype: torch.dtype) -> None:  # noqa: F811
+def test_traffic(simulate: Callable[..., Simulator], op: str, dtype: torch.dtype) -> None:
     """x is read twice forward, x and g twice backward; the result is written once."""
     shape = (1024, 64)
     x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
@@ -163,7 +161,7 @@ def test_traffic(simulate: Callable[..., Simulator], op: str, dtype: torch.dtype
             )
         else:
             dim = None if op == "normalize" else [0]
-            y, mean, std = KERNELS.normalize(x, dim, 1.0, 0.0)
+            _, mean, std = KERNELS.normalize(x, dim, 1.0, 0.0)
             KERNELS.normalize_backward(g, x, mean, std, dim, 1.0, 0.0)
     size = x.numel() * x.element_size()
     stats = [record.stats for record in simulator.records]
@@ -188,7 +186,7 @@ def test_small_takes_one_launch(gpu80: Simulator) -> None:
     assert len(gpu80.records) == 2
 
 
-def test_wide_fills_the_gpu(simulate: Callable[..., Simulator]) -> None:  # noqa: F811
+def test_wide_fills_the_gpu(simulate: Callable[..., Simulator]) -> None:
     """64 x 4096 by columns and 4096 x 64 by rows both give every multiprocessor a block."""
     simulator = simulate(multiprocessors=16, check=False)
     with simulator.running():

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if INTERPRETED:
     pytest.skip("Triton was imported to interpret, not to compile", allow_module_level=True)
 
-from ptxsim import LaunchStats, triton_driver  # noqa: E402
+from ptxsim import LaunchStats, triton_driver
 
 SEED = (123456789012345678, -987654321987)
 BOTH = pytest.mark.parametrize(

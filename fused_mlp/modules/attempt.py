@@ -15,13 +15,13 @@ from torch.autograd import forward_ad
 
 from .. import backends
 from ..dropout import draw_seed
-from ..ops import research_net as research_net_op
 from ..ops._common import grad_needed, mark_written
 from ..ops.batch_norm_leaky_relu import BatchNormLeakyReLUFunction
 from ..ops.batch_norm_leaky_relu import check as check_batch_norm
 from ..ops.linear_relu import LinearReLUFunction
 from ..ops.linear_relu import check as check_linear_relu
 from ..ops.research_net import check as check_research_net
+from ..ops.research_net import research_net as research_net_op
 from ..ops.research_net import run as run_research_net
 from .fit import Fit
 
