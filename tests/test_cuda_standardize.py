@@ -153,7 +153,7 @@ def test_traffic(simulate: Callable[..., Simulator], op: str, dtype: torch.dtype
     with simulator.running():
         if op == "batch norm":
             w = torch.ones(shape[1]).to(dtype)
-            y, mean, rstd = KERNELS.batch_norm_leaky_relu(
+            _, mean, rstd = KERNELS.batch_norm_leaky_relu(
                 x, None, None, None, w, w, True, 0.1, 1e-5, 0.01
             )
             KERNELS.batch_norm_leaky_relu_backward(
