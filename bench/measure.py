@@ -91,6 +91,7 @@ def _time(
         row.samples, row.first_call_s = times.count, taken.first_call
         ratio = ratios(samples[EAGER].seconds, taken.seconds)
         row.speed_up, row.speed_up_low, row.speed_up_high = ratio.median, ratio.low, ratio.high
+        row.over_fused = ratios(taken.seconds, samples[FUSED].seconds).median
 
 
 def _count(

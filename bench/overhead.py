@@ -20,6 +20,7 @@ from .cases import NETWORK, REFERENCE, Case
 from .timing import Budget, interleave, spread
 
 KERNELS = torch.ops.fused_mlp_kernels
+_BLOCKS = 16
 SHARES = {
     "python": "module and backend checks, reading parameters",
     "seed": "drawing the dropout's seed",
@@ -61,13 +62,13 @@ def split(
     sizes = [torch.empty(max(n // 4, 1)) for n in allocations] or [torch.empty(1)]
     count = max(len(allocations), 1)
     mean = sum(t.numel() for t in sizes) // len(sizes)
-    buffer = torch.empty(mean)
-    steps["empty"] = lambda: torch.empty(mean)
-    steps["empty into"] = lambda: torch.empty(mean, out=buffer)
+    blocks = list(torch.zeros(_BLOCKS, mean).unbind())
+    steps["into new"] = lambda: torch._foreach_neg(blocks)
+    steps["in place"] = lambda: torch._foreach_neg_(blocks)
     samples = interleave(steps, budget or Budget(seconds=6.0, rounds=(11, 301)))
     us = {name: spread(taken.seconds).median * 1e6 for name, taken in samples.items()}
-    # The same call from Python, with and without the allocation.
-    allocation = count * max(us["empty"] - us["empty into"], 0.0)
+    # The same work from C++ with and without new tensors.
+    allocation = count * max(us["into new"] - us["in place"], 0.0) / _BLOCKS
     empty_calls = us["forward, no rows"] + us["backward, no rows"]
     fused = {
         "python": us["fused, no grad"] - us["forward op"] - us["seed"],

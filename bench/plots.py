@@ -73,8 +73,10 @@ def speed_up(results: Results) -> Figure | None:
             axes.axhline(1, color=COLOURS[EAGER], linewidth=1.2, label="eager")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
-            axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}×")
-            axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
+            axes.yaxis.set_major_formatter(lambda v, _: f"{v:.2g}×")
+            batches = {r.batch for r in results.of(FUSED) if (r.op, r.shape) == (NETWORK, shape)}
+            axes.set_xticks(sorted(batches), [_short(b) for b in sorted(batches)], minor=False)
+            axes.minorticks_off()
             axes.set_title(f"({shape}) {mode}", fontsize=10)
             axes.grid(alpha=0.25)
     for axes in panels[-1]:
@@ -87,6 +89,10 @@ def speed_up(results: Results) -> Figure | None:
     panels[0][0].legend(unique.values(), unique.keys(), frameon=False, fontsize=8)
     figure.suptitle("Faster than eager PyTorch (median, quartiles shaded)", fontweight="bold")
     return figure
+
+
+def _short(batch: int) -> str:
+    return f"{batch // 1024}k" if batch >= 1024 and batch % 1024 == 0 else str(batch)
 
 
 def _curve(axes: Axes, name: str, rows: Sequence[Row]) -> None:

@@ -24,6 +24,7 @@ class Row:
 
     Attributes:
         speed_up, speed_up_low, speed_up_high: median and quartiles of the ratios in each round.
+        over_fused: this one's time over fused's, the median of the ratios in each round.
         error: relative, in the 2-norm, against float64; None where it was not checked.
         peak_bytes: the most a step holds above what was there before.
         launches, event_s, graph_s, host_s: on a GPU alone.
@@ -46,6 +47,7 @@ class Row:
     speed_up: float | None = None
     speed_up_low: float | None = None
     speed_up_high: float | None = None
+    over_fused: float | None = None
     error: float | None = None
     flops: float | None = None
     bytes: float | None = None
@@ -95,15 +97,13 @@ class Results:
 
     def losing(self) -> list[Row]:
         """Return rivals' rows, eager among them, that were faster than fused at the same case."""
-        fused = {row.case: row for row in self.of("fused")}
-        found = []
-        for row in self.rows:
-            ours = fused.get(row.case)
-            if ours is None or row.median_s is None or row.contestant in ("fused", "eager again"):
-                continue
-            if row.median_s < (ours.median_s or 0.0):
-                found.append(row)
-        return found
+        return [
+            row
+            for row in self.rows
+            if row.contestant not in ("fused", "eager again")
+            and row.over_fused is not None
+            and row.over_fused < 1
+        ]
 
 
 def save(results: Results, folder: Path) -> list[Path]:

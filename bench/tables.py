@@ -65,7 +65,7 @@ HEADER = ("case", "batch", "mode", "eager", "fused", "speed-up", "quartiles", "A
 def cells(results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the header and the lines of the main table.
 
-    A rival's cell is fused's gain over it: the rival's median over fused's.
+    A rival's cell is fused's gain over it.
     """
     others = rivals_of(results.rows)
     lines = []
@@ -86,16 +86,16 @@ def cells(results: Results) -> tuple[list[str], list[list[str]]]:
             of_peak(fused, results.peaks),
             f"{size(fused.peak_bytes)} / {size(eager.peak_bytes)}",
         ]
-        lines.append(shown + [_gain_over(rows.get(name), fused) for name in others])
+        lines.append(shown + [_gain_over(rows.get(name)) for name in others])
     return [*HEADER, *(f"vs {name}" for name in others)], lines
 
 
-def _gain_over(rival: Row | None, fused: Row) -> str:
+def _gain_over(rival: Row | None) -> str:
     if rival is None:
         return ""
-    if rival.median_s is None or fused.median_s is None:
+    if rival.over_fused is None:
         return "wrong" if rival.note.startswith("wrong") else "failed"
-    return times(rival.median_s / fused.median_s)
+    return times(rival.over_fused)
 
 
 def noise(again: Row | None) -> str:
@@ -131,10 +131,10 @@ def losing_lines(results: Results) -> list[str]:
     fused = {row.case: row for row in results.of(FUSED)}
     found = []
     for row in results.losing():
-        ours = fused[row.case].median_s or 0.0
         found.append(
             f"{row.op} {row.shape} batch {row.batch} {row.mode} {row.dtype}: {row.contestant} "
-            f"{seconds(row.median_s)}, fused {seconds(ours)} ({times((row.median_s or 0) / ours)})"
+            f"{seconds(row.median_s)}, fused {seconds(fused[row.case].median_s)} "
+            f"({times(row.over_fused)})"
         )
     return found
 

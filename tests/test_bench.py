@@ -43,8 +43,8 @@ def made_up(fused: float = 5e-5, spread: float = 0.01, batch: int = 32) -> list[
                 "research_net", "10,64,32,5", batch, "train", "float32", "cpu", 2, name,
                 median_s=seconds, low_s=seconds * (1 - spread), high_s=seconds * (1 + spread),
                 samples=9, first_call_s=0.1, speed_up=ratio, speed_up_low=ratio * (1 - spread),
-                speed_up_high=ratio * (1 + spread), error=1e-7, flops=1e6, bytes=1e5,
-                peak_bytes=2**20,
+                speed_up_high=ratio * (1 + spread), over_fused=seconds / fused,
+                error=1e-7, flops=1e6, bytes=1e5, peak_bytes=2**20,
             )
         )  # fmt: skip
     return rows
@@ -213,7 +213,9 @@ def test_losing_rows_are_listed() -> None:
 def test_failures_and_absent_rivals_are_named() -> None:
     found = made_up_results()
     found.skipped["jax"] = "not installed: jax"
-    found.rows.append(dataclasses.replace(found.rows[0], contestant="compile", median_s=None))
+    found.rows.append(
+        dataclasses.replace(found.rows[0], contestant="compile", median_s=None, over_fused=None)
+    )
     found.rows[-1].note = "CppCompileError: no g++"
     text = "\n".join(tables.failed_lines(found))
     assert "jax: not installed" in text
