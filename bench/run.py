@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
           "float16": torch.float16}  # fmt: skip
 BUDGETS = {
     "quick": Budget(seconds=1.0),
-    "docs": Budget(seconds=1.0),
+    "docs": Budget(seconds=1.0, rounds=(5, 51)),
     "full": Budget(seconds=3.0, rounds=(9, 101)),
     "smoke": SMOKE,
 }
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the sweep the options name, show it and write its files."""
     parser = _parser()
     options = parser.parse_args(argv)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
     # Compiled in this process: a pool of workers would run beside what is timed.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if options.smoke and not options.threads:

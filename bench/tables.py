@@ -153,7 +153,8 @@ def failed_lines(results: Results) -> list[str]:
 def show(results: Results, console: Console) -> None:
     """Print everything in the terminal; a narrow one leaves some columns to the files."""
     header, lines = cells(results)
-    hidden = set() if console.width >= _WIDE else {"quartiles", "of peak", "peak memory"}
+    room = console.width - 11 * max(len(header) - len(HEADER) - 1, 0)  # rivals' columns
+    hidden = set() if room >= _WIDE else {"quartiles", "of peak", "peak memory"}
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     kept = [i for i, name in enumerate(header) if name not in hidden]
     for i in kept:
