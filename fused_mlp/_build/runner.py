@@ -110,7 +110,8 @@ def _call(command: list[str]) -> None:
     if result.returncode == 0:
         return
     lines = [line for line in result.stdout.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower() and "FAILED" not in line]
+    # As compilers write it: a command ninja repeats may hold -Werror.
+    errors = [line for line in lines if "error:" in line.lower() and "FAILED" not in line]
     first = (errors or lines[-1:] or ["no message"])[0].strip()
     raise BuildFailed(
         f"compiling failed: {first}",
