@@ -123,20 +123,24 @@ def _walk(
                 dw2 = multiply(tl.trans(dz_operand), a1, dw2, PRECISION)
             if FIRST:
                 if TWO:
-                    if not RESIDENT:
-                        w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
+                    if RESIDENT:
+                        middle_w = w2
+                    else:
+                        middle_w = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
                     zero = tl.zeros([BLOCK_M, BLOCK_F], ACC)
-                    dz = multiply(dz_operand, w2, zero, PRECISION)
+                    dz = multiply(dz_operand, middle_w, zero, PRECISION)
                     dz = tl.where(a1 <= 0, 0.0, dz * scale)
                     dz_operand = cast(dz, x_ptr.dtype.element_ty)
                 db1 += tl.sum(dz, 0)
                 x = load_rows(x_ptr, m, in_m, in0, IN, stride_xm, stride_xk, BLOCK_IN)
                 dw1 = multiply(tl.trans(dz_operand), x, dw1, PRECISION)
                 if dx_ptr is not None:
-                    if not RESIDENT:
-                        w1 = load_weight(w1_ptr, 0, F, in0, IN, BLOCK_F, BLOCK_IN)
+                    if RESIDENT:
+                        first_w = w1
+                    else:
+                        first_w = load_weight(w1_ptr, 0, F, in0, IN, BLOCK_F, BLOCK_IN)
                     zero = tl.zeros([BLOCK_M, BLOCK_IN], ACC)
-                    dx = multiply(dz_operand, w1, zero, PRECISION)
+                    dx = multiply(dz_operand, first_w, zero, PRECISION)
                     i = in0 + tl.arange(0, BLOCK_IN)
                     dx_at = dx_ptr + m[:, None] * IN + i[None, :]
                     mask = in_m[:, None] & (i < IN)[None, :]
