@@ -169,6 +169,7 @@ def launches(library: ctypes.CDLL, chip: Chip) -> dict[str, Shape]:
             net, out = torch.empty(rows, 10, dtype=dtype), torch.empty(rows, 5, dtype=dtype)
             vector, saved = torch.empty(32, dtype=dtype), torch.empty(64, dtype=accumulator)
             with recorded(library, device) as seen:
+                shapes.append(seen)
                 _, mean, std = kernels.normalize(x, None, 1.0, 0.0)
                 kernels.normalize_backward(x, x, mean, std, None, 1.0, 0.0)
                 _, mean, rstd = kernels.batch_norm_leaky_relu(
@@ -182,15 +183,18 @@ def launches(library: ctypes.CDLL, chip: Chip) -> dict[str, Shape]:
                 kernels.linear_relu_backward(y, small, square, y, 0.3, [True] * 3)
                 y = kernels.linear_relu(x, square, None, 0.3, seed)
                 options = (weights, biases, vector, vector)
+                # float64 at these widths is more than a T4's shared memory: it runs op by op.
+                sizes = (ctypes.c_int64 * len(widths))(*widths)
+                if not library.fused_mlp_research_net_fits(sizes, len(widths), dtype.itemsize):
+                    continue
                 kernels.research_net(
                     net, *options, None, None, None, True, [0.3], seed, 0.1, 1e-5, 0.01
                 )
                 kernels.research_net_backward(
                     out, net, *options, saved, True, [0.3], seed, 0.01, [True] * 9
                 )
-            shapes += seen
     library.fused_mlp_cuda_allow_tf32(0)
-    return {shape.kernel: shape for shape in shapes}
+    return {shape.kernel: shape for seen in shapes for shape in seen}
 
 
 def report(
