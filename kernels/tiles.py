@@ -56,7 +56,8 @@ def _candidates(rows, columns, depth, dtype, precision, backend, capability):
     else:
         half = dtype.itemsize == 2
         step = 64 if half else 32
-        stages = 2 if backend == "hip" else 3
+        # The consumer chips have 100 kB of shared memory for a block: three stages take 112.
+        stages = 2 if backend == "hip" or capability in (86, 89) or capability >= 120 else 3
         sizes = [(128, 128, step, 8, stages), (64, 64, step, 4, stages), (32, 64, step, 4, stages)]
     return [
         Tile(_clip(rows, 16, r), _clip(columns, 16, c), _clip(depth, 16, d), warps, stages)

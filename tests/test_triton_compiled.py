@@ -1,0 +1,72 @@
+"""What the Triton kernels compile to for GPUs that are not here.
+
+No register spills, shared memory within the chip's, matrix instructions in the products, 128-bit
+accesses in the streaming kernels. ``python -m bench gpu-report`` prints the same figures.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import INTERPRETED
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if INTERPRETED:
+    pytest.skip("Triton was imported to interpret, not to compile", allow_module_level=True)
+
+from bench import compiled, gpu_report
+
+CASES = gpu_report.cases()
+MATRIX = {
+    "sm_80": {"mma.sync"},
+    "sm_90": {"wgmma", "mma.sync"},
+    "sm_100": {"tcgen05", "mma.sync"},
+    "sm_120": {"mma.sync"},
+    "gfx942": {"mfma"},
+}
+
+
+def _quick(case: gpu_report.Case) -> bool:
+    return case.streaming and case.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chip", compiled.CHIPS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            c,
+            id=f"{c.op}-{c.shape}-{c.dtype_name}".replace(" ", ""),
+            marks=[] if _quick(c) else pytest.mark.slow,
+        )
+        for c in CASES
+    ],
+)
+def test_report(case: gpu_report.Case, chip: str, request: pytest.FixtureRequest) -> None:
+    if chip not in ("sm_90", "gfx942") and _quick(case):
+        request.applymarker(pytest.mark.slow)
+    for _, kernel in gpu_report.report([chip], [case]):
+        assert kernel.fits, f"{kernel.name}: {kernel.shared} bytes of shared memory"
+        if (
+            kernel.spilled
+        ):  # a known miss of the products at "highest" precision, see docs/triton.md
+            pytest.xfail(f"{kernel.name} spills {kernel.spilled} bytes on {chip}")
+        product = kernel.name.startswith(("linear_relu", "research_net"))
+        if case.matrix and product:
+            found = set(kernel.matrix.split("+"))
+            assert found & MATRIX[chip], f"{kernel.name}: no matrix instruction"
+        if case.streaming:
+            if chip == "gfx942" and not kernel.wide_loads:
+                pytest.xfail(f"{kernel.name} loads fewer than 128 bits at a time on {chip}")
+            assert kernel.wide_loads > 0, f"{kernel.name}: no 128-bit load"
+            writes = "sums" not in kernel.name and "moments" not in kernel.name
+            if writes and not ("eval" in case.shape and "grad" in kernel.name):
+                assert kernel.wide_stores > 0, f"{kernel.name}: no 128-bit store"
+
+
+def test_table_has_a_line_for_every_kernel() -> None:
+    rows = gpu_report.report(["sm_90"], [CASES[2]])
+    lines = gpu_report.table(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert "normalize" in lines[2]
+    assert "sm_90" in lines[2]
