@@ -96,6 +96,18 @@ def isa() -> str | None:
     return str(function().decode())
 
 
+@functools.cache
+def native_snapshot_check() -> Callable[[Any, Any], bool] | None:
+    """Return the CPU library's ``unchanged`` (modules/snapshot.py), or None without the library."""
+    path = _native("cpu").path
+    if path is None:
+        return None
+    function = ctypes.PyDLL(path).fused_mlp_unchanged
+    function.restype = ctypes.py_object
+    check: Callable[[Any, Any], bool] = function()
+    return check
+
+
 def status() -> list[BackendStatus]:
     """Return the state of every backend on the CPU and on CUDA, the preferred ones first."""
     result = []

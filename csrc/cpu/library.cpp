@@ -12,4 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_mlp_kernels, CPU, m) {
   m.impl("batch_norm_leaky_relu_backward", TORCH_BOX(&fused_mlp::batch_norm_leaky_relu_backward));
   m.impl("research_net", TORCH_BOX(&fused_mlp::research_net));
   m.impl("research_net_backward", TORCH_BOX(&fused_mlp::research_net_backward));
+  m.impl("research_net_prepare", TORCH_BOX(&fused_mlp::research_net_prepare));
+  m.impl("research_net_prepared", TORCH_BOX(&fused_mlp::research_net_prepared));
+  m.impl("research_net_evaluate", TORCH_BOX(&fused_mlp::research_net_evaluate));
+  m.impl("research_net_prepared_backward", TORCH_BOX(&fused_mlp::research_net_prepared_backward));
 }

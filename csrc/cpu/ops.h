@@ -50,4 +50,20 @@ std::vector<Tensor> research_net_backward(const Tensor& grad_output, const Tenso
                                           const std::optional<Tensor>& seed, double negative_slope,
                                           std::vector<bool> output_mask);
 
+// A network handed over once (prepared.cpp).
+Tensor research_net_prepare(std::vector<Tensor> weights, std::vector<Tensor> biases,
+                            std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                            std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+                            std::optional<Tensor> num_batches_tracked, bool training,
+                            std::vector<double> dropout_p, double momentum, double eps,
+                            double negative_slope);
+
+std::tuple<Tensor, Tensor> research_net_prepared(const Tensor& input, const Tensor& prepared);
+
+Tensor research_net_evaluate(const Tensor& input, const Tensor& prepared);
+
+std::vector<Tensor> research_net_prepared_backward(const Tensor& grad_output, const Tensor& input,
+                                                   const Tensor& saved, const Tensor& prepared,
+                                                   std::vector<bool> output_mask);
+
 }  // namespace fused_mlp

@@ -61,6 +61,14 @@ Tensor permute(const Tensor& tensor, const std::vector<int64_t>& dims) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+void random_(const Tensor& tensor) {
+  using torch::stable::detail::from;
+  StableIValue stack[2] = {from(tensor), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::random_", "", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 const void* data_of(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
@@ -72,13 +80,18 @@ ChannelVector channels_of(const std::optional<Tensor>& tensor, int64_t channels,
   return {const_cast<void*>(tensor->const_data_ptr()), dtype_of(*tensor), tensor->stride(0)};
 }
 
-Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream) {
-  STD_TORCH_CHECK(p >= 0 && p <= 1, "fused_mlp: dropout_p must be between 0 and 1, but got ", p);
-  if (!seed) return {};
+const int64_t* seed_of(const std::optional<Tensor>& seed) {
+  if (!seed) return nullptr;
   STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 2 &&
                       seed->is_contiguous(),
                   "fused_mlp: seed must be a contiguous int64 CPU tensor of 2 elements");
-  return {p, seed->const_data_ptr<int64_t>(), stream};
+  return seed->const_data_ptr<int64_t>();
+}
+
+Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream) {
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "fused_mlp: dropout_p must be between 0 and 1, but got ", p);
+  if (!seed) return {};
+  return {p, seed_of(seed), stream};
 }
 
 int64_t* counter_of(const std::optional<Tensor>& num_batches_tracked) {

@@ -37,12 +37,16 @@ Tensor as_contiguous(const Tensor& tensor);
 // Torch's own ops, through its dispatcher.
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor permute(const Tensor& tensor, const std::vector<int64_t>& dims);
+void random_(const Tensor& tensor);
 
 // The elements of a tensor on the CPU, or null for an optional that is empty.
 const void* data_of(const std::optional<Tensor>& tensor);
 
 // One value a channel, of any stride; raises for a tensor of other sizes.
 ChannelVector channels_of(const std::optional<Tensor>& tensor, int64_t channels, const char* name);
+
+// The two numbers of a seed, or null.
+const int64_t* seed_of(const std::optional<Tensor>& seed);
 
 // A dropout layer from an op's arguments.
 Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream);

@@ -47,6 +47,11 @@ NormState = tuple[
 ]
 
 
+# What one call of a whole network uses: weights, biases, the batch norm's state, dropout
+# probabilities, slope of the LeakyReLU.
+NetState = tuple[Sequence[Tensor], Sequence[Tensor], NormState, Sequence[float], float]
+
+
 def norm_state(module: dict[str, Any]) -> NormState:
     """Work out from a batch norm's ``__dict__`` what ``nn.BatchNorm1d.forward`` would use.
 

@@ -88,34 +88,41 @@ class Fit:
             validate(*arguments)
         except (TypeError, ValueError, RuntimeError):
             return None
-        variant = Variant(self._make_check(tensors))
+        variant = Variant(make_check(tensors, self._feature_dim))
         # Assigned whole: another thread sees the old tuple or the new one.
         self._variants = (variant, *self._variants[: _MAX_VARIANTS - 1])
         return variant
 
-    def _make_check(self, tensors: Sequence[Tensor | None]) -> Check:
-        sizes = [list(t.shape) for t in tensors if t is not None]
-        feature_dim = self._feature_dim % len(sizes[0])
-        free_sizes: list[Any] = [None] * len(sizes[0])
-        free_sizes[feature_dim] = sizes[0][feature_dim]
-        sizes[0] = free_sizes
-        present = [t is not None for t in tensors]
-        given = [t for t in tensors if t is not None]
-        if _TensorGuards is None:
-            check = _python_check(given, sizes)
-        else:
-            strides = [[None] * len(s) for s in sizes]
-            guards = _TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-            check = guards.check
-        if all(present):
-            return check
 
-        def check_with_gaps(*tensors: Tensor | None) -> bool:
-            if [t is not None for t in tensors] != present:
-                return False
-            return bool(check(*(t for t in tensors if t is not None)))
+def make_check(tensors: Sequence[Tensor | None], feature_dim: int) -> Check:
+    """Return what recognises these tensors, or such that differ in the input's free sizes alone.
 
-        return check_with_gaps
+    Args:
+        tensors: the input first.
+        feature_dim: the dimension of the input whose size is fixed.
+    """
+    sizes = [list(t.shape) for t in tensors if t is not None]
+    feature_dim %= len(sizes[0])
+    free_sizes: list[Any] = [None] * len(sizes[0])
+    free_sizes[feature_dim] = sizes[0][feature_dim]
+    sizes[0] = free_sizes
+    present = [t is not None for t in tensors]
+    given = [t for t in tensors if t is not None]
+    if _TensorGuards is None:
+        check = _python_check(given, sizes)
+    else:
+        strides = [[None] * len(s) for s in sizes]
+        guards = _TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        check = guards.check
+    if all(present):
+        return check
+
+    def check_with_gaps(*tensors: Tensor | None) -> bool:
+        if [t is not None for t in tensors] != present:
+            return False
+        return bool(check(*(t for t in tensors if t is not None)))
+
+    return check_with_gaps
 
 
 def _python_check(tensors: Sequence[Tensor], sizes: Sequence[Sequence[int | None]]) -> Check:

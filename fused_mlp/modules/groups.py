@@ -7,15 +7,17 @@ modules stay the single source of truth; nothing of them is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn.modules import module as nn_module
 
-from . import attempt
+from .. import backends
+from . import attempt, snapshot
 from .fit import Fit
 from .patterns import BATCH_NORM_LEAKY_RELU, LINEAR_RELU, RESEARCH_NET, Run
+from .prepared import PreparedNet, can_prepare
 
 Step = Callable[[Any], Any]
 
@@ -110,9 +112,13 @@ class BatchNormLeakyReLUGroup:
 class ResearchNetGroup:
     """The whole network; where it cannot run at once, its parts run one after the other."""
 
-    __slots__ = ("_dicts", "_dropouts", "_fits", "_linears", "_norm", "_parts", "_slope")
+    __slots__ = (
+        "_dicts", "_dropouts", "_fits", "_linears", "_modules", "_norm", "_parts", "_prepared",
+        "_slope",
+    )  # fmt: skip
 
     def __init__(self, run: Run) -> None:
+        self._modules = dict(enumerate(run.modules))
         self._parts = tuple(make_step(part) for part in run.parts)
         self._dicts = tuple(module.__dict__ for module in run.modules)
         *hidden, before_norm, norm, last = run.parts
@@ -126,32 +132,87 @@ class ResearchNetGroup:
         self._norm = norm.modules[0].__dict__
         self._slope = norm.modules[-1].__dict__
         self._fits = attempt.two_fits()
+        # One for a batch norm in training and one for evaluation.
+        self._prepared: dict[bool, PreparedNet] = {}
 
     def run(self, input: Any) -> Any:
+        output = self.run_prepared(self._modules, input)
+        return self.run_unprepared(input) if output is None else output
+
+    def run_prepared(self, modules: Mapping[Any, Any], input: Any) -> Tensor | None:
+        """Return the output, or None where something is not what it was at an earlier call.
+
+        Args:
+            modules: the modules of the network by name as they are now.
+            input: anything.
+        """
+        prepared = self._prepared.get(self._norm["training"])
+        return None if prepared is None else prepared.run(modules, input)
+
+    def run_unprepared(self, input: Any) -> Any:
+        """Return the output, reading everything anew, and make ready for the next call."""
         if runs_as_written(self._dicts):
-            output = self._at_once(input)
+            try:
+                arguments = self._read()
+            except KeyError:  # a parameter is computed by a parametrization, prune, weight_norm
+                return _one_by_one(self._parts, input)
+            output = attempt.research_net(self._fits, input, *arguments)
             if output is not None:
+                if can_prepare(input, arguments[0]):
+                    self._prepare(input)
                 return output
         return _one_by_one(self._parts, input)
 
-    def _at_once(self, input: Any) -> Tensor | None:
+    def _read(self) -> attempt.NetState:
         weights, biases = [], []
-        try:
-            for linear in self._linears:
-                parameters = linear["_parameters"]
-                weights.append(parameters["weight"])
-                biases.append(parameters["bias"])
-            state = attempt.norm_state(self._norm)
-        except KeyError:  # a parameter is computed by a parametrization, prune, weight_norm
-            return None
+        for linear in self._linears:
+            parameters = linear["_parameters"]
+            weights.append(parameters["weight"])
+            biases.append(parameters["bias"])
         dropout_p = [
             dropout[name] if dropout is not None and dropout["training"] else 0.0
             for dropout, name in self._dropouts
         ]
-        return attempt.research_net(
-            self._fits, input, weights, biases, state, dropout_p,
-            self._slope["negative_slope"],
+        state = attempt.norm_state(self._norm)
+        return weights, biases, state, dropout_p, self._slope["negative_slope"]
+
+    def _prepare(self, input: Tensor) -> None:
+        """Make ready for more calls like the one that ran."""
+        mode = self._norm["training"]
+        if mode and self._norm["momentum"] is None:  # it depends on the batches counted so far
+            return
+        before = self._prepared.get(mode)
+        if before is not None and before.holds(self._modules) and before.accept(input):
+            return
+        read = snapshot.take(self._modules.values(), self._entries())
+        weights, biases, state, dropout_p, slope = self._read()
+        weight, bias, running_mean, running_var, tracked, training, momentum, eps = state
+        fresh = PreparedNet(
+            read,
+            (weights, biases, weight, bias, running_mean, running_var, tracked, training,
+             dropout_p, momentum, eps, slope),
+            input,
         )  # fmt: skip
+        if before is not None:  # what is ready for the other mode may be as old
+            self._prepared = {}
+        if fresh.holds(self._modules):  # another thread may have changed something meanwhile
+            self._prepared[mode] = fresh
+
+    def _entries(self) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+        """Yield dictionaries and the keys of all that a call reads from them."""
+        for linear in self._linears:
+            yield linear, ("_parameters",)
+            yield linear["_parameters"], ("weight", "bias")
+        for dropout, name in self._dropouts:
+            if dropout is not None:
+                yield dropout, (name, "training")
+        norm = self._norm
+        yield norm, ("training", "momentum", "eps", "track_running_stats", "_parameters",
+                     "_buffers")  # fmt: skip
+        yield norm["_parameters"], ("weight", "bias")
+        yield norm["_buffers"], ("running_mean", "running_var", "num_batches_tracked")
+        yield self._slope, ("negative_slope",)
+        yield vars(backends), ("_chosen",)
 
 
 def _linear_and_dropout(run: Run) -> tuple[dict[str, Any], dict[str, Any] | None, str]:

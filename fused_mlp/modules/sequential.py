@@ -9,20 +9,28 @@ from torch.compiler import is_compiling
 
 from . import tracing
 from .cache import CachingModule
-from .groups import Step, make_step
+from .groups import ResearchNetGroup, Step, make_step
 from .patterns import BATCH_NORM_LEAKY_RELU, LINEAR_RELU, RESEARCH_NET, Run, find_runs
 
 
 class _Plan:
     """How a sequence of modules runs: the steps, and the modules they were worked out for."""
 
-    __slots__ = ("kinds", "modules", "steps")
+    __slots__ = ("kinds", "modules", "steps", "whole")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         # A module's class changes when it is parametrized, or a lazy one gets its first input.
         self.kinds = [*map(type, modules)]
-        self.steps: tuple[Step, ...] = tuple(make_step(run) for run in find_runs(modules))
+        runs = find_runs(modules)
+        # The group that holds all modules, where they are one network.
+        self.whole: ResearchNetGroup | None = None
+        self.steps: tuple[Step, ...]
+        if len(runs) == 1 and runs[0].op == RESEARCH_NET:
+            self.whole = ResearchNetGroup(runs[0])
+            self.steps = (self.whole.run_unprepared,)
+        else:
+            self.steps = tuple(make_step(run) for run in runs)
 
 
 class FusedSequential(CachingModule, nn.Sequential):
@@ -45,8 +53,12 @@ class FusedSequential(CachingModule, nn.Sequential):
         return self._run_planned(input)
 
     def _run_planned(self, input: Any) -> Any:
-        modules = [*self._modules.values()]
         plan = self.__dict__.get("_cache")
+        if plan is not None and plan.whole is not None:
+            output = plan.whole.run_prepared(self._modules, input)
+            if output is not None:
+                return output
+        modules = [*self._modules.values()]
         if plan is None or plan.modules != modules or plan.kinds != [*map(type, modules)]:
             plan = _Plan(modules)
             kinds: list[Any] = plan.kinds

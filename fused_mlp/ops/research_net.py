@@ -35,26 +35,38 @@ from .schemas import kernels_library, public_library
 
 _forward = torch.ops.fused_mlp_kernels.research_net.default
 _backward = torch.ops.fused_mlp_kernels.research_net_backward.default
+_prepared = torch.ops.fused_mlp_kernels.research_net_prepared.default
+_prepared_backward = torch.ops.fused_mlp_kernels.research_net_prepared_backward.default
 
 
 class ResearchNetFunction(torch.autograd.Function):
     """The autograd node of research_net.
 
-    Tensors come first, options last: input, weights…, biases…, bn_weight, bn_bias.
+    Tensors come last: input, weights…, biases…, bn_weight, bn_bias. ``prepared`` is None, or what
+    ``research_net_prepare`` made of them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, buffers: tuple[Any, ...], options: tuple[Any, ...], *tensors: Tensor | None
+        ctx: Any,
+        prepared: Tensor | None,
+        buffers: tuple[Any, ...],
+        seed: Tensor | None,
+        options: tuple[Any, ...],
+        *tensors: Tensor | None,
     ) -> Tensor:
-        running_mean, running_var, num_batches_tracked, seed = buffers
-        training, dropout_p, momentum, eps, negative_slope = options
-        input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
-        output, saved = _forward(
-            input, weights, biases, bn_weight, bn_bias, running_mean, running_var,
-            num_batches_tracked, training, dropout_p, seed, momentum, eps, negative_slope,
-        )  # fmt: skip
+        if prepared is not None:
+            output, saved = _prepared(tensors[0], prepared)
+        else:
+            running_mean, running_var, num_batches_tracked = buffers
+            training, dropout_p, momentum, eps, negative_slope = options
+            input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
+            output, saved = _forward(
+                input, weights, biases, bn_weight, bn_bias, running_mean, running_var,
+                num_batches_tracked, training, dropout_p, seed, momentum, eps, negative_slope,
+            )  # fmt: skip
         ctx.save_for_backward(*tensors, saved, seed)
+        ctx.prepared = prepared
         ctx.options = options
         return output
 
@@ -62,8 +74,10 @@ class ResearchNetFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, saved, seed = ctx.saved_tensors
         training, dropout_p, _, eps, negative_slope = ctx.options
-        mask = list(ctx.needs_input_grad[2:])
+        mask = list(ctx.needs_input_grad[_FIRST_TENSOR:])
         if torch.is_grad_enabled():
+            if ctx.prepared is not None and any(dropout_p):
+                seed = saved[-16 // saved.itemsize :].view(torch.int64)
 
             def formula(*tensors: Tensor | None) -> Tensor:
                 input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
@@ -76,6 +90,10 @@ class ResearchNetFunction(torch.autograd.Function):
                 )  # fmt: skip
 
             gradients = differentiate_formula(formula, tensors, mask, grad_output)
+        elif ctx.prepared is not None:
+            gradients = spread(
+                _prepared_backward(grad_output, tensors[0], saved, ctx.prepared, mask), mask
+            )
         else:
             input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
             gradients = spread(
@@ -85,7 +103,13 @@ class ResearchNetFunction(torch.autograd.Function):
                 ),
                 mask,
             )  # fmt: skip
-        return None, None, *gradients
+        return None, None, None, None, *gradients
+
+
+_FIRST_TENSOR = 4
+# The same as ResearchNetFunction.apply without its look for what is left of a functorch transform
+# that ended, 2 us: callers with checked tensors have none.
+apply_checked = super(torch.autograd.Function, ResearchNetFunction).apply
 
 
 def _unpack(
@@ -169,7 +193,9 @@ def run(
     tensors = (input, *weights, *biases, bn_weight, bn_bias)
     if grad_needed(*tensors):
         output = ResearchNetFunction.apply(
-            (running_mean, running_var, num_batches_tracked, seed),
+            None,
+            (running_mean, running_var, num_batches_tracked),
+            seed,
             (training, dropout_p, momentum, eps, negative_slope),
             *tensors,
         )

@@ -52,6 +52,23 @@ KERNEL_SCHEMAS = {
     ),
 }
 
+# A network handed over once, for modules that call it again and again. The CPU library alone has
+# these: elsewhere a kernel's launch costs more than its arguments.
+PREPARED_SCHEMAS = {
+    "research_net_prepare": (
+        "(Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
+        " Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, bool training,"
+        " float[] dropout_p, float momentum, float eps, float negative_slope) -> Tensor"
+    ),
+    # Draws the dropout's seed itself, and keeps it at the end of `saved`.
+    "research_net_prepared": "(Tensor input, Tensor(a!) prepared) -> (Tensor output, Tensor saved)",
+    "research_net_evaluate": "(Tensor input, Tensor prepared) -> Tensor",
+    "research_net_prepared_backward": (
+        "(Tensor grad_output, Tensor input, Tensor saved, Tensor prepared, bool[] output_mask)"
+        " -> Tensor[]"
+    ),
+}
+
 PUBLIC_SCHEMAS = {
     "normalize": (
         "(Tensor input, int[]? dim=None, *, float correction=1., float eps=0.) -> Tensor"
@@ -77,7 +94,7 @@ PUBLIC_SCHEMAS = {
 kernels_library = Library(KERNELS, "DEF")
 public_library = Library(PUBLIC, "DEF")
 
-for _name, _schema in KERNEL_SCHEMAS.items():
+for _name, _schema in (*KERNEL_SCHEMAS.items(), *PREPARED_SCHEMAS.items()):
     kernels_library.define(_name + _schema)
 for _name, _schema in PUBLIC_SCHEMAS.items():
     public_library.define(_name + _schema)

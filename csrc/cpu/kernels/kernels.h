@@ -124,7 +124,7 @@ struct ResearchNet {
   bool training;
   double momentum, eps, negative_slope;
   void* output;
-  void* saved;  // laid out by Shape in network.h
+  void* saved;  // laid out by Shape in network.h; may be null in evaluation
 };
 
 struct ResearchNetBackward {

@@ -63,11 +63,13 @@ void evaluate(const ResearchNet& op) {
   using T = Compute<S>;
   const Shape<T> shape(op);
   const int64_t room = round_up(shape.channels, kPanel<T>);
-  Arena arena(Scratch::kCall, Forward<T>::bytes(op) + 3 * Arena::bytes<T>(room));
+  Arena arena(Scratch::kCall, Forward<T>::bytes(op) + 5 * Arena::bytes<T>(room));
   const Affine<T> affine = take_affine<T>(arena, room);
-  running_statistics<T>(op, shape.channels, shape.mean(), shape.rstd());
-  make_affine<T>(shape.mean(), shape.rstd(), op.bn_weight, op.bn_bias, shape.channels, room,
-                 affine);
+  T* own_mean = arena.take<T>(2 * room);
+  T* mean = op.saved ? shape.mean() : own_mean;
+  T* rstd = mean + shape.channels;
+  running_statistics<T>(op, shape.channels, mean, rstd);
+  make_affine<T>(mean, rstd, op.bn_weight, op.bn_bias, shape.channels, room, affine);
   Forward<T> net;
   net.template pack<S>(op, 0, op.layers, &affine, arena);
   const Vec<T> slope = splat(static_cast<T>(op.negative_slope));

@@ -1,0 +1,138 @@
+#include "cpu/network.h"
+
+#include <algorithm>
+
+namespace fused_mlp {
+namespace {
+
+Call describe(const Network& network, const Tensor& input) {
+  Call call;
+  ResearchNet& net = call.net;
+  const std::vector<Tensor>&weights = network.weights, &biases = network.biases;
+  const size_t layers = weights.size();
+  STD_TORCH_CHECK(layers >= 2 && layers <= kMaxLayers && biases.size() == layers &&
+                      network.dropout_p.size() == layers - 2,
+                  "fused_mlp: research_net: expected 2 to ", kMaxLayers,
+                  " weights, as many biases and 2 fewer dropout probabilities");
+  STD_TORCH_CHECK(input.is_cpu() && input.dim() == 2,
+                  "fused_mlp: research_net: expected a 2D CPU input");
+  call.dtype = input.scalar_type();
+  call.accumulate = accumulate_type(input);
+  net.dtype = dtype_of(input);
+  net.rows = input.size(0);
+  net.layers = static_cast<int>(layers);
+  net.widths[0] = input.size(1);
+  const bool rows_contiguous =
+      (input.size(1) <= 1 || input.stride(1) == 1) && input.stride(0) >= input.size(1);
+  net.input = rows_contiguous ? input.const_data_ptr() : call.contiguous_data(input);
+  net.input_stride = rows_contiguous ? input.stride(0) : input.size(1);
+  for (size_t l = 0; l < layers; ++l) {
+    const Tensor &weight = weights[l], &bias = biases[l];
+    STD_TORCH_CHECK(weight.is_cpu() && bias.is_cpu() && weight.dim() == 2 &&
+                        weight.size(1) == net.widths[l] && bias.numel() == weight.size(0) &&
+                        weight.scalar_type() == call.dtype && bias.scalar_type() == call.dtype,
+                    "fused_mlp: research_net: weights[", l, "] or biases[", l,
+                    "] do not fit what comes before them");
+    net.widths[l + 1] = weight.size(0);
+    net.weights[l] = call.contiguous_data(weight);
+    net.biases[l] = call.contiguous_data(bias);
+  }
+  for (double p : network.dropout_p) {
+    STD_TORCH_CHECK(p >= 0 && p <= 1,
+                    "fused_mlp: research_net: dropout_p must be between 0 and 1, but got ", p);
+  }
+  const int64_t channels = net.widths[layers - 1];
+  net.bn_weight = channels_of(network.bn_weight, channels, "bn_weight");
+  net.bn_bias = channels_of(network.bn_bias, channels, "bn_bias");
+  net.training = network.training;
+  net.momentum = network.momentum;
+  net.eps = network.eps;
+  net.negative_slope = network.negative_slope;
+  return call;
+}
+
+}  // namespace
+
+bool Network::drops() const {
+  return std::any_of(dropout_p.begin(), dropout_p.end(), [](double p) { return p > 0; });
+}
+
+const void* Call::contiguous_data(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor.const_data_ptr();
+  copies.push_back(torch::stable::contiguous(tensor));
+  return copies.back().const_data_ptr();
+}
+
+Call describe_forward(const Network& network, const Tensor& input) {
+  Call call = describe(network, input);
+  ResearchNet& net = call.net;
+  const int64_t channels = net.widths[net.layers - 1];
+  STD_TORCH_CHECK(net.training || (network.running_mean && network.running_var),
+                  "fused_mlp: research_net: evaluation needs running_mean and running_var");
+  net.running_mean = channels_of(network.running_mean, channels, "running_mean");
+  net.running_var = channels_of(network.running_var, channels, "running_var");
+  net.num_batches_tracked = net.training ? counter_of(network.num_batches_tracked) : nullptr;
+  return call;
+}
+
+Call describe_backward(const Network& network, const Tensor& input) {
+  return describe(network, input);
+}
+
+void set_seed(const Network& network, const int64_t* seed, Call& call) {
+  for (size_t l = 0; l < network.dropout_p.size(); ++l) {
+    call.net.dropout[l] = {network.dropout_p[l], seed, static_cast<uint32_t>(l)};
+  }
+}
+
+Tensor new_output(Call& call) {
+  Tensor output = new_empty_cpu({call.net.rows, call.net.widths[call.net.layers]}, call.dtype);
+  call.net.output = output.mutable_data_ptr();
+  return output;
+}
+
+std::vector<Tensor> backward(const Network& network, Call& call, const Tensor& grad_output,
+                             const Tensor& saved, int64_t saved_numel,
+                             const std::vector<bool>& output_mask) {
+  ResearchNetBackward op{};
+  const ResearchNet& net = call.net;
+  const size_t layers = network.weights.size();
+  const int64_t channels = net.widths[net.layers - 1];
+  STD_TORCH_CHECK(output_mask.size() == 2 * layers + 3,
+                  "fused_mlp: research_net_backward: output_mask must have ", 2 * layers + 3,
+                  " flags");
+  STD_TORCH_CHECK(grad_output.is_cpu() && grad_output.dim() == 2 &&
+                      grad_output.size(0) == net.rows &&
+                      grad_output.size(1) == net.widths[net.layers] &&
+                      grad_output.scalar_type() == call.dtype && saved.is_cpu() &&
+                      saved.scalar_type() == call.accumulate && saved.is_contiguous() &&
+                      saved.numel() == saved_numel,
+                  "fused_mlp: research_net_backward: grad_output or saved do not fit input");
+  op.grad_output = call.contiguous_data(grad_output);
+  op.forward = net;
+  op.forward.saved = const_cast<void*>(saved.const_data_ptr());
+  std::vector<Tensor> gradients;
+  gradients.reserve(output_mask.size());
+  const auto wanted = [&](size_t i, const std::vector<int64_t>& sizes, ScalarType dtype) -> void* {
+    if (!output_mask[i]) return nullptr;
+    gradients.push_back(new_empty_cpu(sizes, dtype));
+    return gradients.back().mutable_data_ptr();
+  };
+  op.grad_input = wanted(0, {net.rows, net.widths[0]}, call.dtype);
+  for (size_t l = 0; l < layers; ++l) {
+    op.grad_weights[l] = wanted(1 + l, {net.widths[l + 1], net.widths[l]}, call.dtype);
+  }
+  for (size_t l = 0; l < layers; ++l) {
+    op.grad_biases[l] = wanted(1 + layers + l, {net.widths[l + 1]}, call.dtype);
+  }
+  const auto vector_like = [&](size_t i, const std::optional<Tensor>& parameter) -> ChannelVector {
+    void* data = wanted(i, {channels}, parameter ? parameter->scalar_type() : call.dtype);
+    return {data, data ? dtype_of(gradients.back()) : net.dtype};
+  };
+  op.grad_bn_weight = vector_like(1 + 2 * layers, network.bn_weight);
+  op.grad_bn_bias = vector_like(2 + 2 * layers, network.bn_bias);
+  kernels().research_net_backward(op);
+  return gradients;
+}
+
+}  // namespace fused_mlp

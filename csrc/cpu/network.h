@@ -1,0 +1,49 @@
+// A network as the ops take it, and one call of it as the kernels take it.
+#pragma once
+
+#include <tuple>
+
+#include "cpu/tensors.h"
+
+namespace fused_mlp {
+
+// What stays the same from call to call.
+struct Network {
+  std::vector<Tensor> weights, biases;
+  std::optional<Tensor> bn_weight, bn_bias;
+  std::optional<Tensor> running_mean, running_var, num_batches_tracked;
+  bool training;
+  std::vector<double> dropout_p;
+  double momentum, eps, negative_slope;
+
+  bool drops() const;
+};
+
+// One call: what the kernels read, and the contiguous copies it may point into. Sizes, dtypes and
+// addresses are read and checked here, at every call, since a tensor's owner may change them.
+struct Call {
+  ResearchNet net{};
+  ScalarType dtype, accumulate;
+  std::vector<Tensor> copies;
+
+  const void* contiguous_data(const Tensor& tensor);
+};
+
+// Raise where the tensors do not fit together; nothing is written. Without a seed nothing is
+// dropped.
+Call describe_forward(const Network& network, const Tensor& input);
+Call describe_backward(const Network& network, const Tensor& input);
+
+// Two numbers that decide the dropout masks; they must outlive the call.
+void set_seed(const Network& network, const int64_t* seed, Call& call);
+
+// A new output of the call.
+Tensor new_output(Call& call);
+
+// The gradients that `output_mask` asks for, of input, weights…, biases…, bn_weight, bn_bias.
+// `saved` must have `saved_numel` elements.
+std::vector<Tensor> backward(const Network& network, Call& call, const Tensor& grad_output,
+                             const Tensor& saved, int64_t saved_numel,
+                             const std::vector<bool>& output_mask);
+
+}  // namespace fused_mlp
