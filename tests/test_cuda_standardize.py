@@ -54,8 +54,8 @@ def test_large_is_cut_into_chunks(simulate: Callable[..., Simulator]) -> None:
     simulator = simulate(multiprocessors=5)
     with simulator.running():
         check_case(normalize_case((20011,), None, device=CPU))
-        check_case(batch_norm_case((1511, 12), True, device=CPU))
-        check_case(batch_norm_case((1511, 13), True, device=CPU))
+        check_case(batch_norm_case((2511, 12), True, device=CPU))
+        check_case(batch_norm_case((2511, 13), True, device=CPU))
         check_case(batch_norm_case((60, 3, 301), True, device=CPU))
     assert len(simulator.records) == 4 * (2 + 2)
     assert max(record.grid[0] for record in simulator.records) > 1
@@ -127,7 +127,7 @@ def test_empty(gpu80: Simulator) -> None:
 
 
 def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> None:
-    x, g = torch.randn(1500, 12), torch.randn(1500, 12)
+    x, g = torch.randn(2500, 12), torch.randn(2500, 12)
     results = []
     for shuffle in (None, 1, 2):
         with simulate(multiprocessors=3, shuffle=shuffle).running():
@@ -144,13 +144,23 @@ def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("op", ["normalize", "normalize columns", "batch norm"])
-@pytest.mark.xfail(
-    reason="known miss: coalescing is 33 to 80 % where 99 % is wanted, values are right"
+@pytest.mark.parametrize(
+    ("op", "shape", "launches"),
+    [
+        ("normalize", (1024, 64), 2),
+        ("normalize columns", (4096, 16), 2),
+        ("batch norm", (4096, 16), 2),
+        ("batch norm", (512, 64), 1),
+    ],
 )
-def test_traffic(simulate: Callable[..., Simulator], op: str, dtype: torch.dtype) -> None:
-    """x is read twice forward, x and g twice backward; the result is written once."""
-    shape = (1024, 64)
+def test_traffic(
+    simulate: Callable[..., Simulator],
+    op: str,
+    shape: tuple[int, int],
+    launches: int,
+    dtype: torch.dtype,
+) -> None:
+    """A launch reads x, and backward g, once; the result is written once."""
     x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     simulator = simulate(multiprocessors=4, stats=True)
     with simulator.running():
@@ -168,12 +178,12 @@ def test_traffic(simulate: Callable[..., Simulator], op: str, dtype: torch.dtype
             KERNELS.normalize_backward(g, x, mean, std, dim, 1.0, 0.0)
     size = x.numel() * x.element_size()
     stats = [record.stats for record in simulator.records]
-    assert len(stats) == 4
-    forward, backward = stats[:2], stats[2:]
-    # Besides x: the partial statistics, which are small.
-    assert sum(s.dram_read_bytes for s in forward) <= 1.05 * 2 * size
+    assert len(stats) == 2 * launches
+    forward, backward = stats[:launches], stats[launches:]
+    # Besides x: parameters, statistics and partial statistics, which are small.
+    assert sum(s.dram_read_bytes for s in forward) <= 1.05 * launches * size
     assert sum(s.dram_write_bytes for s in forward) <= 1.05 * size
-    assert sum(s.dram_read_bytes for s in backward) <= 1.05 * 4 * size
+    assert sum(s.dram_read_bytes for s in backward) <= 1.05 * launches * 2 * size
     assert sum(s.dram_write_bytes for s in backward) <= 1.05 * size
     for s in stats:
         assert s.atomics == 0

@@ -96,6 +96,19 @@ FUSED_MLP_DEVICE void store_pack(T* to, const Pack<T, N>& pack) {
   }
 }
 
+// The same to global memory. The compiler splits the store above into single elements where it
+// loses sight of the alignment (float: 4 stores instead of 1), so this one is spelled out.
+template <int N, class T>
+FUSED_MLP_DEVICE void store_global(T* to, const Pack<T, N>& pack) {
+  if constexpr (N == 1) {
+    *to = pack.at[0];
+  } else {
+    typename Word<N * sizeof(T)>::type word;
+    memcpy(&word, &pack, sizeof(pack));
+    __stwb(reinterpret_cast<typename Word<N * sizeof(T)>::type*>(to), word);
+  }
+}
+
 template <class T>
 FUSED_MLP_DEVICE bool aligned16(const T* pointer) {
   return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0;

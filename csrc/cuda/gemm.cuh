@@ -91,8 +91,8 @@ struct Block {
       const int packs = columns / V;
       for (int k = threadIdx.x; k < rows * packs; k += kThreads) {
         const int row = k / packs, column = (k - row * packs) * V;
-        store_pack<V>(to + row * stride + column,
-                      narrow_pack<Out>(result() + row * kResultLeading + column));
+        store_global<V>(to + row * stride + column,
+                        narrow_pack<Out>(result() + row * kResultLeading + column));
       }
       return;
     }
@@ -239,7 +239,7 @@ FUSED_MLP_DEVICE void elements(const ElementParameters& p) {
       values.at[j] = narrow<T>(z * (!p.threshold || number >= p.threshold ? scale : A(0)));
     }
   }
-  store_pack<V>(static_cast<T*>(p.result) + at, values);
+  store_global<V>(static_cast<T*>(p.result) + at, values);
 }
 
 }  // namespace fused_mlp::cuda::gemm

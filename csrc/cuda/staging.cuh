@@ -124,7 +124,7 @@ FUSED_MLP_DEVICE void write_out(typename M::T* to, const typename M::A* from, in
   if (aligned16(to)) {
     done = count / V * V;
     for (int k = V * threadIdx.x; k < done; k += V * blockDim.x) {
-      store_pack<V>(to + k, narrow_pack<T>(from + k));
+      store_global<V>(to + k, narrow_pack<T>(from + k));
     }
   }
   for (int k = done + threadIdx.x; k < count; k += blockDim.x) to[k] = narrow<T>(from[k]);

@@ -6,7 +6,8 @@
 // first launch and merged in a fixed order by every block of the second. No atomics.
 #include <algorithm>
 
-#include "standardize.cuh"
+#include "standardize_columns.cuh"
+#include "standardize_rows.cuh"
 
 #define FUSED_MLP_STANDARDIZE_KERNELS(suffix, T)                                            \
   extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_columns_forward_##suffix(  \
@@ -135,11 +136,17 @@ StandardizePlan plan_standardize(DType dtype, bool columns, const StandardizePar
                    aligned(p.g, p.g_outer, p.g_middle, width) &&
                    aligned(p.y, p.y_outer, p.y_middle, width);
     const int64_t per_lane = plan.vectors ? width : 1;
-    const int64_t most = plan.vectors ? 32 : 128;
+    const auto tiles = [&] { return p.outer * divide_up(p.inner, plan.lanes * per_lane); };
     plan.lanes = 1;
-    while (plan.lanes < most && plan.lanes * per_lane < p.inner) plan.lanes *= 2;
+    while (plan.lanes < standardize::most_lanes(plan.vectors) && plan.lanes * per_lane < p.inner)
+      plan.lanes *= 2;
+    // More blocks by narrower tiles first, by chunks after that: every block of a tile reads the
+    // partial results of all of the tile's chunks. Whole sectors of memory are the narrowest.
+    while (plan.lanes * per_lane * size > standardize::kSectorBytes &&
+           tiles() < device.multiprocessors)
+      plan.lanes /= 2;
     plan.threads = standardize::kThreads;
-    base = p.outer * divide_up(p.inner, plan.lanes * per_lane);
+    base = tiles();
     length = p.middle;
     bytes = length * plan.lanes * per_lane * size;
   } else {
