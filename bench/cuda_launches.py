@@ -7,9 +7,48 @@ dispatch key, so that the code that plans and launches in production runs on ten
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import fused_mlp
+from fused_mlp import _build
+from fused_mlp._build import plan, runner
+
+
+@functools.cache
+def load_library(folder: Path) -> ctypes.CDLL:
+    """Load the CUDA library: the package's own, else one built for its host code alone.
+
+    Whoever hooks launches needs no device code, so that is compiled for one architecture and not
+    optimised, which takes a fraction of the time.
+
+    Args:
+        folder: where to build; kept, what is up to date is not compiled again.
+
+    Raises:
+        BuildUnavailable, BuildFailed: without nvcc; when it fails.
+    """
+    csrc = _build.source_root()
+    path = Path(fused_mlp.__file__).parent / "_C_cuda.so"
+    if _build.describe(path).get("fingerprint") != plan.fingerprint("cuda", csrc):
+        folder.mkdir(parents=True, exist_ok=True)
+        with mock.patch.dict(os.environ, FUSED_MLP_CUDA_ARCHS="75"):
+            made = plan.make_plan("cuda", csrc, folder)
+        quick = ("-Xcicc", "-O0", "-Xptxas", "-O0")
+        units = [dataclasses.replace(u, command=(*u.command, *quick)) for u in made.units]
+        runner.run(dataclasses.replace(made, units=units))
+        path = made.output
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
 
 READ, WRITE, READ_WRITE = range(3)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,37 +21,10 @@ import torch
 from fused_mlp import _build
 
 from .cuda_launches import Device, Shape, recorded
+from .gpu_table import CHIPS, Chip, Line
 
 KERNEL_FILES = ("standardize.cu", "gemm.cu", "network.cu")
 _FLAGS = ("-O3", "-std=c++20", "-Werror", "all-warnings", "-Xptxas", "-v")
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A GPU architecture's limits (CUDA C++ Programming Guide, technical specifications)."""
-
-    arch: int
-    threads: int  # a multiprocessor
-    blocks: int
-    shared: int  # bytes a multiprocessor
-    shared_per_block: int
-    multiprocessors: int  # of its best known product
-    registers: int = 65536
-
-
-_K = 1024
-CHIPS = {
-    chip.arch: chip
-    for chip in (
-        Chip(75, 1024, 16, 64 * _K, 64 * _K, 40),  # T4
-        Chip(80, 2048, 32, 164 * _K, 163 * _K, 108),  # A100
-        Chip(86, 1536, 16, 100 * _K, 99 * _K, 84),  # A10, RTX 3090
-        Chip(89, 1536, 24, 100 * _K, 99 * _K, 128),  # L4, RTX 4090
-        Chip(90, 2048, 32, 228 * _K, 227 * _K, 132),  # H100, H200
-        Chip(100, 2048, 32, 228 * _K, 227 * _K, 148),  # B200
-        Chip(120, 1536, 24, 100 * _K, 99 * _K, 170),  # RTX 5090
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -68,40 +42,30 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A kernel on a chip as production launches it for a representative problem."""
+class Launched:
+    """How production launches a kernel, and for which of the representative problems."""
 
-    compiled: Compiled
-    shape: Shape | None  # None: not launched on this chip
-    occupancy: float | None  # warps resident over the most there can be
-
-
-def occupancy(chip: Chip, registers: int, threads: int, shared: int) -> float:
-    """Theoretical occupancy of blocks of ``threads`` threads and ``shared`` bytes."""
-    warps = -(-threads // 32)
-    per_warp = -(-registers * 32 // 256) * 256  # registers are handed out 256 at a time
-    by_registers = chip.registers // per_warp // warps if registers else chip.blocks
-    by_shared = chip.shared // (shared + _K) if shared else chip.blocks
-    blocks = min(chip.blocks, chip.threads // (warps * 32), by_registers, by_shared)
-    return blocks * warps * 32 / chip.threads
+    problem: str
+    shape: Shape
 
 
 def compile_file(name: str, arch: int, cache: Path) -> list[Compiled]:
     """Compile one file of csrc/cuda for a chip and return its kernels.
 
-    Raises RuntimeError with the compiler's messages; a warning is an error.
+    Raises BuildUnavailable without nvcc, and RuntimeError with the compiler's messages; a warning
+    is an error.
     """
+    nvcc = _build.find_nvcc()
+    if nvcc.path is None:
+        raise _build.BuildUnavailable(nvcc.reason, nvcc.remedy)
     csrc = _build.source_root()
     folder = csrc / "cuda"
-    digest = hashlib.sha256(repr((name, arch, _FLAGS)).encode())
+    digest = hashlib.sha256(repr((name, arch, _FLAGS, find_disassembler(nvcc.path))).encode())
     headers = [*folder.glob("*.h"), *folder.glob("*.cuh"), csrc / "common" / "philox.h"]
     for path in [*sorted(headers), folder / name]:
         digest.update(path.read_bytes())
     log = cache / f"{name}-{arch}-{digest.hexdigest()[:16]}.txt"
     if not log.exists():
-        nvcc = _build.find_nvcc()
-        if nvcc.path is None:
-            raise RuntimeError(nvcc.reason)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             cubin = Path(scratch) / "out.cubin"
@@ -115,9 +79,19 @@ def compile_file(name: str, arch: int, cache: Path) -> list[Compiled]:
     return _parse(log.read_text(), arch)
 
 
+def find_disassembler(nvcc: Path) -> str | None:
+    """cuobjdump on PATH, beside nvcc, or the one that Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    folders = [nvcc.resolve().parent]
+    if triton and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    beside = (shutil.which("cuobjdump", path=str(folder)) for folder in folders)
+    return next(filter(None, (shutil.which("cuobjdump"), *beside)), None)
+
+
 def _disassemble(nvcc: Path, cubin: Path) -> str:
-    tool = shutil.which("cuobjdump") or str(nvcc.resolve().parent / "cuobjdump")
-    if not Path(tool).exists():
+    tool = find_disassembler(nvcc)
+    if tool is None:
         return ""
     done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True)
     wanted = re.compile(r"Function :|[HI]MMA|LDG\.E.*\.128|STG\.E.*\.128")
@@ -150,83 +124,101 @@ def _parse(log: str, arch: int) -> list[Compiled]:
     return found
 
 
-def launches(library: ctypes.CDLL, chip: Chip) -> dict[str, Shape]:
-    """Return how each kernel is launched on ``chip`` for representative problems.
+def launches(library: ctypes.CDLL, chip: Chip) -> dict[str, Launched]:
+    """Return how each kernel is launched on ``chip`` for representative problems, by its name.
 
-    The reference network (10, [64, 32], 5) and 65536 rows of 32 or 64 columns, in every dtype.
+    The reference network (10, [64, 32], 5) and 65536 rows of 64 columns, in every dtype.
     """
     device = Device(chip.multiprocessors, chip.shared_per_block, chip.shared, chip.arch)
-    kernels, shapes = torch.ops.fused_mlp_kernels, []
-    rows, widths = 65536, (10, 64, 32, 5)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            library.fused_mlp_cuda_allow_tf32(int(tf32))
-            accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-            seed, x = torch.zeros(2, dtype=torch.int64), torch.empty(rows, 64, dtype=dtype)
-            pairs = list(zip(widths, widths[1:], strict=False))
-            weights = [torch.empty(o, i, dtype=dtype) for i, o in pairs]
-            biases = [torch.empty(o, dtype=dtype) for _, o in pairs]
-            net, out = torch.empty(rows, 10, dtype=dtype), torch.empty(rows, 5, dtype=dtype)
-            vector, saved = torch.empty(32, dtype=dtype), torch.empty(64, dtype=accumulator)
-            with recorded(library, device) as seen:
-                shapes.append(seen)
-                _, mean, std = kernels.normalize(x, None, 1.0, 0.0)
-                kernels.normalize_backward(x, x, mean, std, None, 1.0, 0.0)
-                _, mean, rstd = kernels.batch_norm_leaky_relu(
-                    x, None, None, None, None, None, True, 0.1, 1e-5, 0.01
-                )
-                kernels.batch_norm_leaky_relu_backward(
-                    x, x, None, None, mean, rstd, True, 0.01, [True, False, False]
-                )
-                small, square = x[:1024], torch.empty(64, 64, dtype=dtype)
-                y = kernels.linear_relu(small, square, None, 0.3, seed)
-                kernels.linear_relu_backward(y, small, square, y, 0.3, [True] * 3)
-                y = kernels.linear_relu(x, square, None, 0.3, seed)
-                options = (weights, biases, vector, vector)
-                # float64 at these widths is more than a T4's shared memory: it runs op by op.
-                sizes = (ctypes.c_int64 * len(widths))(*widths)
-                if not library.fused_mlp_research_net_fits(sizes, len(widths), dtype.itemsize):
-                    continue
-                kernels.research_net(
-                    net, *options, None, None, None, True, [0.3], seed, 0.1, 1e-5, 0.01
-                )
-                kernels.research_net_backward(
-                    out, net, *options, saved, True, [0.3], seed, 0.01, [True] * 9
-                )
-    library.fused_mlp_cuda_allow_tf32(0)
-    return {shape.kernel: shape for seen in shapes for shape in seen}
+    before = torch.get_float32_matmul_precision()
+    found: dict[str, Launched] = {}
+    try:
+        with recorded(library, device) as seen:
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+                    torch.set_float32_matmul_precision(precision)
+                    for problem in _launch_all(library, dtype):
+                        found |= {shape.kernel: Launched(problem, shape) for shape in seen}
+                        seen.clear()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return found
+
+
+def _launch_all(library: ctypes.CDLL, dtype: torch.dtype) -> Iterator[str]:
+    """Run every op forward and backward; after each problem, yield what it was."""
+    kernels, rows = torch.ops.fused_mlp_kernels, 65536
+    seed, x = torch.zeros(2, dtype=torch.int64), torch.empty(rows, 64, dtype=dtype)
+    _, mean, std = kernels.normalize(x, None, 1.0, 0.0)
+    kernels.normalize_backward(x, x, mean, std, None, 1.0, 0.0)
+    yield "normalize 65536x64"
+    _, mean, rstd = kernels.batch_norm_leaky_relu(
+        x, None, None, None, None, None, True, 0.1, 1e-5, 0.01
+    )
+    kernels.batch_norm_leaky_relu_backward(
+        x, x, None, None, mean, rstd, True, 0.01, [True, False, False]
+    )
+    yield "batch_norm 65536x64"
+    weight = torch.empty(64, 64, dtype=dtype)
+    for n in (1024, rows):
+        y = kernels.linear_relu(x[:n], weight, None, 0.3, seed)
+        kernels.linear_relu_backward(y, x[:n], weight, y, 0.3, [True] * 3)
+        yield f"linear_relu {n}x64x64"
+    widths = (10, 64, 32, 5)
+    # float64 at these widths is more than a T4's shared memory: it runs op by op.
+    sizes = (ctypes.c_int64 * len(widths))(*widths)
+    if not library.fused_mlp_research_net_fits(sizes, len(widths), dtype.itemsize):
+        return
+    pairs = list(zip(widths, widths[1:], strict=False))
+    weights = [torch.empty(o, i, dtype=dtype) for i, o in pairs]
+    biases = [torch.empty(o, dtype=dtype) for _, o in pairs]
+    net, out = torch.empty(rows, 10, dtype=dtype), torch.empty(rows, 5, dtype=dtype)
+    options = (weights, biases, torch.empty(32, dtype=dtype), torch.empty(32, dtype=dtype))
+    _, saved = kernels.research_net(
+        net, *options, None, None, None, True, [0.3], seed, 0.1, 1e-5, 0.01
+    )
+    kernels.research_net_backward(out, net, *options, saved, True, [0.3], seed, 0.01, [True] * 9)
+    yield "10, [64, 32], 5"
 
 
 def report(
-    library: ctypes.CDLL | None, cache: Path, archs: Sequence[int] = tuple(CHIPS)
-) -> list[Row]:
-    """Compile every kernel for every chip; with the library, say how it launches them too."""
+    library: ctypes.CDLL, cache: Path, archs: Sequence[int] = tuple(CHIPS)
+) -> list[tuple[Compiled, Launched | None]]:
+    """Compile every kernel for every chip and say how it is launched there, None: not at all."""
     rows = []
     for arch in archs:
-        shapes = launches(library, CHIPS[arch]) if library else {}
+        launched = launches(library, CHIPS[arch])
         for name in KERNEL_FILES:
-            for compiled in compile_file(name, arch, cache):
-                shape = shapes.get(compiled.kernel)
-                resident = None
-                if shape:
-                    shared = compiled.static_shared + shape.shared_bytes
-                    resident = occupancy(CHIPS[arch], compiled.registers, shape.threads, shared)
-                rows.append(Row(compiled, shape, resident))
+            rows += [(c, launched.get(c.kernel)) for c in compile_file(name, arch, cache)]
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the report as a Markdown table: one line a kernel and chip that launches it."""
-    header = ("kernel", "chip", "threads", "registers", "spilled", "shared KiB", "occupancy",
-              "tensor-core instructions", "128-bit loads", "128-bit stores")  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        c, shape = row.compiled, row.shape
-        if shape is None or row.occupancy is None:
+_DTYPES = {"f32": "float32", "tf32": "tf32", "f64": "float64", "bf16": "bfloat16", "f16": "float16"}
+
+
+def lines(rows: Sequence[tuple[Compiled, Launched | None]]) -> list[Line]:
+    """Return the report's table: a line for every kernel on every chip that launches it."""
+    found = []
+    for compiled, launched in rows:
+        if launched is None:
             continue
-        shared = (c.static_shared + shape.shared_bytes) / _K
-        cells = (c.kernel.removeprefix("fused_mlp_"), f"sm_{c.arch}", shape.threads, c.registers,
-                 c.spilled, f"{shared:.1f}", f"{row.occupancy:.0%}", c.tensor_core, c.wide_loads,
-                 c.wide_stores)  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        name, _, dtype = (
+            compiled.kernel.removeprefix("fused_mlp_").removesuffix("_fma").rpartition("_")
+        )
+        found.append(
+            Line(
+                backend="cuda",
+                kernel=name,
+                problem=launched.problem,
+                dtype=_DTYPES[dtype],
+                chip=f"sm_{compiled.arch}",
+                threads=launched.shape.threads,
+                registers=compiled.registers,
+                spilled=compiled.spilled,
+                shared=compiled.static_shared + launched.shape.shared_bytes,
+                products="mma.sync" if compiled.tensor_core > 0 else "",
+                wide_loads=compiled.wide_loads,
+                wide_stores=compiled.wide_stores,
+            )
+        )
+    return found

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fused_mlp import _build, backends
+from fused_mlp import _build
 
+from .cuda_launches import load_library
 from .errors import BenchError
+from .gpu_table import CHIPS, Line, table
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a Markdown table of the Triton kernels and one of the CUDA C++ kernels."""
+    """Print one Markdown table of the Triton and the CUDA C++ kernels."""
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu-report",
         description="Compile every Triton and CUDA C++ kernel for every chip and list registers, "
@@ -28,20 +29,20 @@ def main(argv: Sequence[str]) -> int:
         help="as sm_90 or gfx942; may be given more than once (default: all)",
     )  # fmt: skip
     options = parser.parse_args(argv)
-    halves = {"triton": _triton, "cuda": _cuda}
-    for name, half in halves.items():
+    lines: list[Line] = []
+    for name, half in {"triton": _triton, "cuda": _cuda}.items():
         if options.only in (None, name):
             try:
-                text = half(options.chip)
+                lines += half(options.chip)
             except BenchError as missing:
                 if options.only:
                     raise
-                text = f"{name}: {missing}"
-            sys.stdout.write(text + "\n\n")
+                sys.stderr.write(f"{name}: {missing}\n")
+    sys.stdout.write(table(lines) + "\n")
     return 0
 
 
-def _triton(chosen: Sequence[str] | None) -> str:
+def _triton(chosen: Sequence[str] | None) -> list[Line]:
     if importlib.util.find_spec("triton") is None:
         raise BenchError('triton is not installed: pip install "fused_mlp[triton]"')
     from . import gpu_report
@@ -49,20 +50,18 @@ def _triton(chosen: Sequence[str] | None) -> str:
     chips = [c for c in gpu_report.CHIPS if chosen is None or c in chosen]
     if not chips:
         raise BenchError(f"--chip: for Triton choose from {', '.join(gpu_report.CHIPS)}")
-    return gpu_report.table(gpu_report.report(chips))
+    return gpu_report.lines(gpu_report.report(chips))
 
 
-def _cuda(chosen: Sequence[str] | None) -> str:
+def _cuda(chosen: Sequence[str] | None) -> list[Line]:
     from . import cuda_report
 
-    archs = [a for a in cuda_report.CHIPS if chosen is None or f"sm_{a}" in chosen]
+    archs = [a for a in CHIPS if chosen is None or f"sm_{a}" in chosen]
     if not archs:
-        names = ", ".join(f"sm_{arch}" for arch in cuda_report.CHIPS)
-        raise BenchError(f"--chip: for CUDA choose from {names}")
-    path = backends._native("cuda").path
-    library = ctypes.CDLL(path) if path else None
-    with tempfile.TemporaryDirectory() as cache:
+        raise BenchError(f"--chip: for CUDA choose from {', '.join(f'sm_{a}' for a in CHIPS)}")
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            return cuda_report.table(cuda_report.report(library, Path(cache), archs))
+            library = load_library(Path(folder) / "library")
+            return cuda_report.lines(cuda_report.report(library, Path(folder), archs))
         except _build.BuildUnavailable as error:
             raise BenchError(f"{error.reason}: {error.remedy}") from error

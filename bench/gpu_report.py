@@ -1,6 +1,6 @@
 """What the Triton kernels compile to on every chip: registers, spills, memory, instructions.
 
-Needs no GPU. ``python -m bench gpu-report`` prints the table that docs/triton.md shows.
+Needs no GPU. One half of what ``python -m bench gpu-report`` prints.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .compiled import CHIPS, SHARED_LIMIT, Kernel, collect
+from .compiled import CHIPS, Kernel, collect
+from .gpu_table import Line
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -75,18 +76,25 @@ def report(
     return rows
 
 
-def table(rows: Sequence[tuple[Case, Kernel]]) -> str:
-    """Return the report as a Markdown table: one line a kernel and chip."""
-    header = ("kernel", "shape", "dtype", "chip", "warps", "registers", "spilled", "shared KiB",
-              "products", "128-bit loads", "128-bit stores")  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for case, k in rows:
-        shared = f"{k.shared / 1024:.1f} of {SHARED_LIMIT[k.chip] // 1024}"
-        cells = (k.name.removesuffix("_kernel"), case.shape, case.dtype_name, k.chip, k.num_warps,
-                 k.registers, k.spilled, shared, k.matrix or "–", k.wide_loads,
-                 k.wide_stores)  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def lines(rows: Sequence[tuple[Case, Kernel]]) -> list[Line]:
+    """Return the report's table: a line for every kernel that a case launches on a chip."""
+    return [
+        Line(
+            backend="triton",
+            kernel=k.name.removesuffix("_kernel"),
+            problem=f"{case.op} {case.shape}",
+            dtype=case.dtype_name,
+            chip=k.chip,
+            threads=k.num_warps * (32 if k.chip.startswith("sm_") else 64),
+            registers=k.registers,
+            spilled=k.spilled,
+            shared=k.shared,
+            products=k.matrix,
+            wide_loads=k.wide_loads,
+            wide_stores=k.wide_stores,
+        )
+        for case, k in rows
+    ]
 
 
 # ------------------------------------------------------------------------------- the cases

@@ -3,64 +3,36 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from cuda_simulator import Simulator, ptx_cache
 from ptxsim import nvcc
 
-import fused_mlp
-from fused_mlp import _build
-from fused_mlp._build import plan, runner
+from bench.cuda_launches import load_library
 
 CPU = torch.device("cpu")
-_loaded: list[ctypes.CDLL] = []
-
-
-def load_library() -> ctypes.CDLL:
-    """Load the CUDA library: the package's own, else one built for its host code alone.
-
-    The kernels run from PTX that is compiled apart, so the library's device code is compiled for
-    one architecture and not optimised, which takes a fraction of the time.
-    """
-    if _loaded:
-        return _loaded[0]
-    csrc = _build.source_root()
-    output = Path(fused_mlp.__file__).parent / "_C_cuda.so"
-    if _build.describe(output).get("fingerprint") != plan.fingerprint("cuda", csrc):
-        folder = ptx_cache() / f"library-{os.getuid()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("FUSED_MLP_CUDA_ARCHS", "75")
-            made = plan.make_plan("cuda", csrc, folder)
-        quick = ("-Xcicc", "-O0", "-Xptxas", "-O0")
-        units = [dataclasses.replace(u, command=(*u.command, *quick)) for u in made.units]
-        runner.run(dataclasses.replace(made, units=units))
-        output = made.output
-    torch.ops.load_library(output)
-    _loaded.append(ctypes.CDLL(str(output)))
-    return _loaded[0]
 
 
 @pytest.fixture(scope="session")
 def cuda_library() -> ctypes.CDLL:
     if reason := nvcc.why_not():
         pytest.skip(reason)
-    return load_library()
+    return load_library(ptx_cache() / f"library-{os.getuid()}")
 
 
 @contextmanager
-def tf32(library: ctypes.CDLL) -> Iterator[None]:
-    library.fused_mlp_cuda_allow_tf32(1)
+def tf32(allowed: bool = True) -> Iterator[None]:
+    """Let float32 products round to tf32 within, or leave them exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
         yield
     finally:
-        library.fused_mlp_cuda_allow_tf32(0)
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
@@ -69,14 +41,19 @@ def simulate(cuda_library: ctypes.CDLL) -> Callable[..., Simulator]:
     return lambda **options: Simulator(cuda_library, **options)
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+_BOTH = [pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90)]
+_SECOND_SLOW = [_BOTH[0], pytest.param(90, id="sm_90", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=_SECOND_SLOW)
 def gpu(request: pytest.FixtureRequest, cuda_library: ctypes.CDLL) -> Iterator[Simulator]:
     """A simulated GPU that serves CPU tensors during the test, with every check on."""
     with Simulator(cuda_library, arch=request.param).running() as simulator:
         yield simulator
 
 
-@pytest.fixture
-def gpu80(cuda_library: ctypes.CDLL) -> Iterator[Simulator]:
-    with Simulator(cuda_library, arch=80).running() as simulator:
+@pytest.fixture(params=_BOTH)
+def each_gpu(request: pytest.FixtureRequest, cuda_library: ctypes.CDLL) -> Iterator[Simulator]:
+    """The same for what is to run on both architectures among the fast tests."""
+    with Simulator(cuda_library, arch=request.param).running() as simulator:
         yield simulator

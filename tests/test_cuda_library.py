@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import importlib.util
+import os
+import shutil
 import subprocess
-import tempfile
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_fixtures import cuda_library, gpu80, simulate  # noqa: F401
+from cuda_fixtures import cuda_library, gpu, simulate  # noqa: F401
 from cuda_simulator import Simulator, ptx_cache
 from ptxsim import nvcc
 from support import keep_mask
 
-from bench import cuda_report
+import fused_mlp
+from bench import cuda_report, gpu_command
+from bench.errors import BenchError
+from bench.gpu_table import CHIPS, Line, occupancy, table
 from fused_mlp import _build
 from fused_mlp.ops.schemas import KERNEL_SCHEMAS
 
@@ -62,7 +69,7 @@ def test_errors_name_the_kernel(cuda_library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("columns", [64, 7])
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_dropout_mask(gpu80: Simulator, columns: int, p: float) -> None:
+def test_dropout_mask(gpu: Simulator, columns: int, p: float) -> None:
     """The mask is that of every backend: Philox by key, offset, row and column."""
     seed = torch.tensor([-7, 2**33 + 1])
     keep = keep_mask(seed, 70, columns, p)
@@ -81,36 +88,65 @@ def report_cache() -> Path:
     return ptx_cache() / "report"
 
 
-def check_chip(library: ctypes.CDLL, arch: int, cache: Path) -> None:
-    rows = cuda_report.report(library, cache, [arch])
-    assert {row.compiled.kernel for row in rows if row.compiled.spilled} == set()
-    launched = [row for row in rows if row.shape and row.occupancy is not None]
-    assert len(launched) >= 30
-    for row in launched:
-        chip, shape, compiled = cuda_report.CHIPS[arch], row.shape, row.compiled
-        assert shape.shared_bytes + compiled.static_shared <= chip.shared_per_block
-        assert row.occupancy > 0, compiled.kernel
-        name = compiled.kernel
-        if compiled.tensor_core >= 0 and name.endswith(("_tf32", "_bf16", "_f16")):
-            on_tensor_cores = ("gemm" in name or "net_forward" in name) and arch >= 80
-            assert not on_tensor_cores or compiled.tensor_core > 0, name
-        if compiled.tensor_core >= 0 and ("rows_" in name or "columns_" in name):
-            assert compiled.wide_loads > 0 and compiled.wide_stores > 0, name
-    assert cuda_report.table(rows).count("\n") == len(launched) + 1
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", sorted(cuda_report.CHIPS))
+@pytest.mark.parametrize("arch", sorted(CHIPS))
 def test_every_chip(cuda_library: ctypes.CDLL, report_cache: Path, arch: int) -> None:
-    """No spills, no warnings, shared memory within the chip's, tensor cores and wide loads used."""
-    check_chip(cuda_library, arch, report_cache)
+    """No spills, no warnings, shared memory as the chip has it, tensor cores and 128-bit access."""
+    if cuda_report.find_disassembler(Path(nvcc.find())) is None:
+        pytest.skip("no cuobjdump (it comes with the CUDA toolkit and with Triton)")
+    rows = cuda_report.report(cuda_library, report_cache, [arch])
+    assert {compiled.kernel for compiled, _ in rows if compiled.spilled} == set()
+    lines = cuda_report.lines(rows)
+    assert len(lines) >= 30
+    for line in lines:
+        name = f"{line.kernel} of {line.dtype}"
+        assert line.shared <= CHIPS[arch].shared_per_block, name
+        assert line.occupancy and line.occupancy > 0, name
+        if line.kernel in ("gemm", "net_forward", "net_backward"):
+            on_tensor_cores = arch >= 80 and line.dtype in ("tf32", "bfloat16", "float16")
+            assert line.products == ("mma.sync" if on_tensor_cores else ""), name
+        if line.kernel.startswith(("rows_", "columns_")):
+            assert line.wide_loads > 0 and line.wide_stores > 0, name
+
+
+def test_table_has_a_line_for_every_kernel() -> None:
+    line = Line("cuda", "gemm", "1x2x3", "tf32", "sm_90", 256, 128, 0, 36 * 1024, "mma.sync", 4, 2)
+    amd = dataclasses.replace(line, backend="triton", chip="gfx942")
+    first, second = table([line, amd]).splitlines()[2:]
+    assert "| 36.0 | 25% | mma.sync |" in first
+    assert "| 36.0 | – | mma.sync |" in second
+
+
+def test_report_is_one_table_of_both_backends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = Line("cuda", "gemm", "1x2x3", "tf32", "sm_90", 256, 128, 0, 36 * 1024, "mma.sync", 4, 2)
+    monkeypatch.setattr(gpu_command, "_triton", lambda _: [dataclasses.replace(line, backend="x")])
+    monkeypatch.setattr(gpu_command, "_cuda", lambda _: [line])
+    assert gpu_command.main([]) == 0
+    assert [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines()[2:]] == [
+        "x",
+        "cuda",
+    ]
+    monkeypatch.undo()
+
+    def no_nvcc(folder: Path) -> None:
+        raise _build.BuildUnavailable("no nvcc", "get one")
+
+    monkeypatch.setattr(gpu_command, "_triton", lambda _: [line])
+    monkeypatch.setattr(gpu_command, "load_library", no_nvcc)
+    assert gpu_command.main([]) == 0  # the other half is reported all the same
+    assert "cuda: no nvcc: get one" in capsys.readouterr().err
+    with pytest.raises(BenchError, match="no nvcc"):
+        gpu_command.main(["--only", "cuda"])
 
 
 def test_occupancy() -> None:
-    chip = cuda_report.CHIPS[90]
-    assert cuda_report.occupancy(chip, 32, 256, 0) == 1
-    assert cuda_report.occupancy(chip, 128, 256, 0) == 0.25
-    assert cuda_report.occupancy(chip, 32, 128, 100 * 1024) == 2 * 128 / 2048
+    chip = CHIPS[90]
+    assert occupancy(chip, 32, 256, 0) == 1
+    assert occupancy(chip, 128, 256, 0) == 0.25
+    assert occupancy(chip, 96, 32, 0) == 20 / 64  # five warps in each quarter, not 21 in all
+    assert occupancy(chip, 32, 128, 100 * 1024) == 2 * 128 / 2048
 
 
 def test_headers_need_no_torch() -> None:
@@ -120,23 +156,34 @@ def test_headers_need_no_torch() -> None:
         assert "torch/" not in (csrc / "cuda" / name).read_text()
 
 
-@pytest.mark.slow
-def test_a_broken_library_does_not_break_the_import() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        broken = Path(folder) / "_C_cuda.so"
-        broken.write_bytes(b"not a library")
-        code = f"""
-import torch, pathlib
+@pytest.mark.parametrize("content", [b"not a library", b"\x7fELF\x02\x01\x01"])
+def test_a_broken_library_does_not_break_the_import(tmp_path: Path, content: bytes) -> None:
+    """An installation whose _C_cuda.so does not load, where torch says that there is a GPU."""
+    package = tmp_path / "fused_mlp"
+    shutil.copytree(
+        Path(fused_mlp.__file__).parent,
+        package,
+        ignore=shutil.ignore_patterns("_C_cuda.*", "__pycache__"),
+    )
+    for room in ("csrc", "kernels"):
+        shutil.copytree(_build.source_root().parent / room, package / room, dirs_exist_ok=True)
+    (package / "_C_cuda.so").write_bytes(content)
+    code = """
+import torch
 torch.cuda.is_available = lambda: True
-from fused_mlp import _build
-real = _build.library_path
-_build.library_path = lambda kind: pathlib.Path({str(broken)!r}) if kind == "cuda" else real(kind)
 import fused_mlp
 from fused_mlp import backends
-assert not [s for s in backends.status() if s.device == "cuda" and s.name == "native"][0].available
-print(fused_mlp.functional.normalize(torch.ones(3, 3)).shape)
+(native,) = (s for s in backends.status() if (s.device, s.name) == ("cuda", "native"))
+assert not native.available and native.remedy == "reinstall fused_mlp", native
+assert "_C_cuda.so" in native.detail, native
+backends._settle("cuda")  # what the first call on a GPU does
+print(fused_mlp.__file__, backends.active_backend("cuda"))
+assert fused_mlp.functional.normalize(torch.rand(3, 3)).shape == (3, 3)
 """
-        done = subprocess.run(
-            [__import__("sys").executable, "-c", code], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "FUSED_MLP_BACKEND": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    served = "triton" if importlib.util.find_spec("triton") else "reference"
+    assert done.stdout.split() == [str(package / "__init__.py"), served]

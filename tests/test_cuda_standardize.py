@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_fixtures import CPU, cuda_library, gpu, gpu80, simulate  # noqa: F401
+from cuda_fixtures import CPU, cuda_library, each_gpu, gpu, simulate  # noqa: F401
 from cuda_simulator import Simulator
 from support import DTYPES, batch_norm_case, check_case, lay_out, normalize_case
+
+from bench.cuda_launches import Device, recorded
 
 KERNELS = torch.ops.fused_mlp_kernels
 
@@ -26,19 +29,19 @@ KERNELS = torch.ops.fused_mlp_kernels
         ((2, 300, 64), [1]),
     ],
 )
-def test_normalize_shapes(gpu80: Simulator, shape: tuple[int, ...], dim: list[int] | None) -> None:
+def test_normalize_shapes(gpu: Simulator, shape: tuple[int, ...], dim: list[int] | None) -> None:
     check_case(normalize_case(shape, dim, device=CPU))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_normalize_dtypes(gpu: Simulator, dtype: torch.dtype) -> None:
+def test_normalize_dtypes(each_gpu: Simulator, dtype: torch.dtype) -> None:
     check_case(normalize_case((70, 20), None, dtype=dtype, device=CPU))
     check_case(normalize_case((70, 20), [0], dtype=dtype, device=CPU))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "columns", "gap", "steps", "offset", "expanded"])
 @pytest.mark.parametrize("dim", [None, [0], [1]])
-def test_normalize_layouts(gpu80: Simulator, layout: str, dim: list[int] | None) -> None:
+def test_normalize_layouts(gpu: Simulator, layout: str, dim: list[int] | None) -> None:
     case = normalize_case((29, 18), dim, device=CPU)
     x = case.tensors["input"]
     if layout != "expanded" or dim != [0]:  # equal rows have no deviation
@@ -46,7 +49,7 @@ def test_normalize_layouts(gpu80: Simulator, layout: str, dim: list[int] | None)
     check_case(case, None, lay_out(torch.randn(29, 18), layout))
 
 
-def test_normalize_keeps_small_deviations(gpu80: Simulator) -> None:
+def test_normalize_keeps_small_deviations(gpu: Simulator) -> None:
     check_case(normalize_case((64, 100), None, device=CPU, scale=1e-2, offset=1e4))
 
 
@@ -63,30 +66,30 @@ def test_large_is_cut_into_chunks(simulate: Callable[..., Simulator]) -> None:
 
 @pytest.mark.parametrize("shape", [(37, 5), (64, 32), (7, 130), (2, 1), (6, 5, 9), (3, 4, 300)])
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_shapes(gpu80: Simulator, shape: tuple[int, ...], training: bool) -> None:
+def test_batch_norm_shapes(gpu: Simulator, shape: tuple[int, ...], training: bool) -> None:
     check_case(batch_norm_case(shape, training, device=CPU))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_dtypes(gpu: Simulator, dtype: torch.dtype, training: bool) -> None:
+def test_batch_norm_dtypes(each_gpu: Simulator, dtype: torch.dtype, training: bool) -> None:
     check_case(batch_norm_case((50, 24), training, dtype=dtype, device=CPU))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_float32_parameters(gpu80: Simulator, training: bool) -> None:
+def test_batch_norm_float32_parameters(gpu: Simulator, training: bool) -> None:
     options = {"dtype": torch.bfloat16, "parameter_dtype": torch.float32, "device": CPU}
     check_case(batch_norm_case((50, 24), training, **options))
 
 
 @pytest.mark.parametrize("affine", ["weight", "bias", "none"])
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_without_parameters(gpu80: Simulator, affine: str, training: bool) -> None:
+def test_batch_norm_without_parameters(gpu: Simulator, affine: str, training: bool) -> None:
     check_case(batch_norm_case((40, 6), training, affine, device=CPU))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "columns", "gap", "steps", "offset"])
-def test_batch_norm_layouts(gpu80: Simulator, layout: str) -> None:
+def test_batch_norm_layouts(gpu: Simulator, layout: str) -> None:
     case = batch_norm_case((29, 20), True, device=CPU)
     x, *parameters = case.tensors.values()
     check_case(case, [lay_out(x, layout), *parameters])
@@ -97,7 +100,7 @@ def test_batch_norm_layouts(gpu80: Simulator, layout: str) -> None:
     check_case(case, [lay_out(x, layout), *parameters], lay_out(torch.randn(5, 4, 21), layout))
 
 
-def test_running_statistics(gpu80: Simulator) -> None:
+def test_running_statistics(gpu: Simulator) -> None:
     plain = torch.nn.BatchNorm1d(12)
     mean, var, count = torch.zeros(12), torch.ones(12), torch.tensor(0)
     for step in range(3):
@@ -111,7 +114,7 @@ def test_running_statistics(gpu80: Simulator) -> None:
     assert count == 3
 
 
-def test_empty(gpu80: Simulator) -> None:
+def test_empty(gpu: Simulator) -> None:
     output, mean, std = KERNELS.normalize(torch.empty(0, 3), [0], 1.0, 0.0)
     assert output.shape == (0, 3) and mean.shape == (1, 3) and mean.isnan().all()
     assert KERNELS.normalize_backward(output, output, mean, std, [0], 1.0, 0.0).shape == (0, 3)
@@ -123,7 +126,7 @@ def test_empty(gpu80: Simulator) -> None:
         output, x, vector, vector, mean, rstd, True, 0.01, [True] * 3
     )
     assert [g.shape for g in gradients] == [(0, 3), (3,), (3,)] and not gradients[1].any()
-    assert not gpu80.records
+    assert not gpu.records
 
 
 def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> None:
@@ -192,17 +195,23 @@ def test_traffic(
         assert s.shared_wavefronts <= 1.1 * s.shared_ideal_wavefronts
 
 
-def test_small_takes_one_launch(gpu80: Simulator) -> None:
+def test_small_takes_one_launch(gpu: Simulator) -> None:
     x = torch.randn(256, 32)
     KERNELS.batch_norm_leaky_relu(x, None, None, None, None, None, True, 0.1, 1e-5, 0.01)
     KERNELS.normalize(x, None, 1.0, 0.0)
-    assert len(gpu80.records) == 2
+    assert len(gpu.records) == 2
 
 
-def test_wide_fills_the_gpu(simulate: Callable[..., Simulator]) -> None:
-    """64 x 4096 by columns and 4096 x 64 by rows both give every multiprocessor a block."""
-    simulator = simulate(multiprocessors=16, check=False)
-    with simulator.running():
-        KERNELS.normalize(torch.randn(64, 2048), [0], 1.0, 0.0)
-        KERNELS.normalize(torch.randn(2048 * 16, 32), [0], 1.0, 0.0)
-    assert all(record.grid[0] >= 16 for record in simulator.records)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 4096), (10**6, 32)])
+def test_tall_and_wide_fill_the_gpu(
+    cuda_library: ctypes.CDLL, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """All but 5 % of an H100's multiprocessors have a block, whatever side is long."""
+    x = torch.empty(shape, dtype=dtype)
+    with recorded(cuda_library, Device(132, 227 * 1024, 228 * 1024, 90)) as launches:
+        KERNELS.normalize(x, [0], 1.0, 0.0)
+        KERNELS.batch_norm_leaky_relu(x, None, None, None, None, None, True, 0.1, 1e-5, 0.01)
+        KERNELS.normalize(x, None, 1.0, 0.0)
+    assert len(launches) == (4 if shape[0] == 64 else 6)
+    assert all(launch.grid[0] >= 0.95 * 132 for launch in launches)

@@ -66,7 +66,8 @@ def test_report(case: gpu_report.Case, chip: str, request: pytest.FixtureRequest
 
 def test_table_has_a_line_for_every_kernel() -> None:
     rows = gpu_report.report(["sm_90"], [CASES[2]])
-    lines = gpu_report.table(rows).splitlines()
-    assert len(lines) == 2 + len(rows)
-    assert "normalize" in lines[2]
-    assert "sm_90" in lines[2]
+    lines = gpu_report.lines(rows)
+    assert len(lines) == len(rows)
+    for line in lines:
+        assert line.problem.startswith("normalize") and line.chip == "sm_90"
+        assert 0 < line.occupancy <= 1

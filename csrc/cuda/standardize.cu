@@ -46,7 +46,7 @@ namespace {
 // A block that reads this little measures and applies in one launch: about a microsecond of one
 // multiprocessor, less than a second launch costs.
 constexpr int64_t kOneLaunchBytes = 64 * 1024;
-constexpr int64_t kLeastChunkBytes = 16 * 1024;
+constexpr int64_t kLeastChunkBytes = 4 * 1024;  // one 16-byte pack a thread
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int64_t kShortRow = 512;  // elements a warp handles alone
 
