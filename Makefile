@@ -18,7 +18,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 READY := $(VENV)/.ready-$(NAME)
 
-.PHONY: demo test bench docs-benchmarks lint format abi-check clean distclean help
+.PHONY: demo test bench docs-benchmarks lint format abi-check gpu-check clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo 'make docs-benchmarks  measure and rewrite the numbers of docs/benchmarks.md'
 	@echo 'make lint       check style and types (make format mends style)'
 	@echo 'make abi-check  run one wheel under several versions of torch'
+	@echo 'make gpu-check  run the smoke tests on a GPU under compute-sanitizer'
 	@echo 'make clean      remove what was built; make distclean removes .venv as well'
 
 demo: $(READY)
@@ -57,6 +58,9 @@ format: $(READY) $(VENV)/.lint
 
 abi-check: $(READY)
 	$(RUN) scripts/abi_check.py
+
+gpu-check: $(READY)
+	$(RUN) scripts/gpu_check.py
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

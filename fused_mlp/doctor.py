@@ -284,12 +284,26 @@ def _missing(found: dict[str, str]) -> str:
 
 
 def _advice(report: Report) -> str:
-    """One sentence for the case that matters: no compiled kernels on the CPU."""
+    """What runs slower than it could here, why, and what to do about it."""
+    lines = []
     for state in report["backends"]:
         if (state["device"], state["name"]) == ("cpu", "native") and not state["available"]:
-            remedy = state["remedy"]
-            return (
-                "The CPU runs on the reference backend: right, but no faster than plain torch.\n"
-                f"Why: {state['detail']}." + (f" To change it, {remedy}." if remedy else "")
-            )
-    return ""
+            lines += [
+                "The CPU runs on the reference backend: right, but no faster than plain torch.",
+                _why(state["detail"], state["remedy"]),
+            ]
+    nvcc = report["tools"]["nvcc"]
+    compiled = any(s["device"] == "cuda" and s.get("library") for s in report["backends"])
+    if not nvcc["path"] and not compiled and not report["torch"]["hip"]:
+        serve = (
+            "the Triton kernels serve" if report["triton"]["version"] else "plain PyTorch serves"
+        )
+        lines += [
+            f"NVIDIA GPUs do without the CUDA C++ kernels: {serve} in their place.",
+            _why(nvcc["reason"], nvcc["remedy"]),
+        ]
+    return "\n".join(lines)
+
+
+def _why(reason: str, remedy: str) -> str:
+    return f"Why: {reason}." + (f" To change it, {remedy}." if remedy else "")

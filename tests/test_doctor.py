@@ -111,6 +111,23 @@ def test_text_names_every_part() -> None:
     assert "Self test" in text
 
 
+@pytest.mark.parametrize("triton", ["3.9.0", ""])
+def test_without_nvcc(monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
+    """It says which kernels NVIDIA GPUs get, and how nvcc comes from PyPI."""
+    missing = _build.Tool(None, "no nvcc", "run: pip install 'fused_mlp[cuda-build]'")
+    monkeypatch.setattr(doctor._build, "find_nvcc", lambda: missing)
+    monkeypatch.setattr(
+        doctor, "_triton", lambda: {"version": triton, "reason": "not installed", "remedy": ""}
+    )
+    text = doctor.render(doctor.collect())
+    serves = "the Triton kernels serve" if triton else "plain PyTorch serves"
+    assert f"NVIDIA GPUs do without the CUDA C++ kernels: {serves}" in text
+    assert "pip install 'fused_mlp[cuda-build]'" in text
+    monkeypatch.undo()
+    if _build.find_nvcc().path:
+        assert "NVIDIA GPUs do without" not in doctor.render(doctor.collect())
+
+
 def test_wrong_numbers_are_a_broken_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -177,6 +177,24 @@ def test_install_without_a_compiler(environment: Environment, tmp_path: Path) ->
     assert state["remedy"]
 
 
+def test_install_without_nvcc(environment: Environment, tmp_path: Path) -> None:
+    """It succeeds, and the doctor says what serves GPUs and where nvcc comes from."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    toolchain = tree / "fused_mlp" / "_build" / "toolchain.py"  # looks in fixed places too
+    text = toolchain.read_text()
+    for place in ("/usr/local/cuda", "cu*/bin/nvcc"):
+        assert place in text
+        text = text.replace(place, "nowhere")
+    toolchain.write_text(text)
+    none = {"PATH": "/nonexistent", "CUDA_HOME": "", "CUDA_PATH": "", "FUSED_MLP_CPU": "0"}
+    words = ("install", "--no-deps", "--ignore-installed", ".")
+    environment.pip(*words, cwd=tree, FUSED_MLP_CUDA="auto", **none)
+    printed = environment.run("-m", "fused_mlp", "doctor", cwd=tmp_path, **none)
+    assert "NVIDIA GPUs do without the CUDA C++ kernels" in printed
+    assert "pip install 'fused_mlp[cuda-build]'" in printed
+
+
 def test_import_from_a_checkout_that_is_not_installed(
     environment: Environment, tmp_path: Path
 ) -> None:
