@@ -25,6 +25,7 @@ from .fit import Check, make_check
 _prepare = torch.ops.fused_mlp_kernels.research_net_prepare.default
 _forward = torch.ops.fused_mlp_kernels.research_net_prepared.default
 _evaluate = torch.ops.fused_mlp_kernels.research_net_evaluate.default
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _MAX_CHECKS = 4
 _OURS = "fused_mlp: "  # what the errors of the CPU library begin with
 
@@ -39,6 +40,8 @@ def can_prepare(input: Tensor, weights: Sequence[Tensor]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         # `swap_tensors` refuses tensors that someone else refers to.
         and not torch.__future__.get_swap_module_params_on_conversion()
+        # Checkpointing wants the call it repeats to save tensors of the same number and shape.
+        and _saved_tensor_hooks(True) is None
     )
 
 
@@ -96,6 +99,8 @@ class PreparedNet:
             return None
         try:
             if torch.is_grad_enabled() and grad_needed(input, *self._parameters):
+                if _saved_tensor_hooks(True) is not None:  # checkpointing; see can_prepare
+                    return None
                 output = apply_checked(
                     self._handle, None, None, self._options, input, *self._parameters
                 )
