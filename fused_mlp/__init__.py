@@ -22,6 +22,7 @@ from .modules import (
     LinearReLU,
     Normalize,
 )
+from .synchronize import synchronize_batch_norm
 
 backends.start()
 
@@ -36,6 +37,7 @@ __all__ = [
     "functional",
     "fuse",
     "ops",
+    "synchronize_batch_norm",
     "unfuse",
     "use_backend",
 ]

@@ -8,11 +8,15 @@ are not tensors, ValueError or RuntimeError, naming the argument, for ones that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def normalize(
@@ -21,6 +25,7 @@ def normalize(
     *,
     correction: float = 1,
     eps: float = 0.0,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Standardise: ``(input - input.mean(dim)) / (input.std(dim, correction=correction) + eps)``.
 
@@ -31,6 +36,10 @@ def normalize(
         correction: what is taken off the count in the variance; 1 is Bessel's correction. See
             https://docs.pytorch.org/docs/stable/generated/torch.std.html
         eps: added to the standard deviation, so that constant data gives 0 in place of NaN.
+        process_group: processes that each hold a shard of one tensor, cut along a dimension that is
+            standardised over, ``torch.distributed.group.WORLD`` for all of them: mean and deviation
+            are those of the whole. Shards may differ in size there, and one may be empty. All
+            processes call forward, and backward, alike.
 
     Returns:
         A tensor of the shape and dtype of ``input``.
@@ -42,6 +51,8 @@ def normalize(
             f"normalize(): argument 'dim' must be int, a sequence of int or None, not "
             f"{type(dim).__name__}"
         )
+    if process_group is not None:
+        return ops.over_group.normalize(input, dim, correction, eps, process_group)
     if torch.compiler.is_compiling():
         return torch.ops.fused_mlp.normalize(input, dim, correction=correction, eps=eps)
     return ops.normalize(input, dim, correction=correction, eps=eps)
@@ -90,6 +101,7 @@ def batch_norm_leaky_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.01,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Batch normalization and leaky ReLU; arguments in the order of ``F.batch_norm``.
 
@@ -106,10 +118,18 @@ def batch_norm_leaky_relu(
         momentum: weight of the new batch in the running statistics.
         eps: added to the variance.
         negative_slope: slope of leaky ReLU below zero.
+        process_group: processes that share batch statistics in training,
+            ``torch.distributed.group.WORLD`` for all of them. One may have another number of rows
+            than the others, or none. All processes call forward, and backward, alike.
 
     Returns:
         A tensor of the shape of ``input``.
     """
+    if process_group is not None and training:
+        return ops.over_group.batch_norm_leaky_relu(
+            input, running_mean, running_var, weight, bias, momentum, eps, negative_slope,
+            process_group,
+        )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.fused_mlp.batch_norm_leaky_relu(
             input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope

@@ -170,7 +170,7 @@ def _why_alone(layer: nn.Module, following: list[nn.Module]) -> str:
         return f"parametrized: {', '.join(layer.parametrizations)}"  # type: ignore[arg-type]
     if isinstance(layer, LazyModuleMixin):
         return "lazy: its class is settled by its first input"
-    if type(layer) not in (nn.Linear, nn.BatchNorm1d):
+    if type(layer) not in (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm):
         return f"only Linear and BatchNorm1d themselves are fused, not {_name(layer)}"
     wanted = "ReLU" if type(layer) is nn.Linear else "LeakyReLU"
     if not following:

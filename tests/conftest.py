@@ -23,6 +23,7 @@ atexit.register(shutil.rmtree, _caches, ignore_errors=True)
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from support.processes import Processes  # noqa: E402
 
 from fused_mlp import backends  # noqa: E402
 
@@ -94,6 +95,14 @@ def _same_state() -> Iterator[None]:
 def all_threads(_same_state: None) -> None:
     """Run the test on several threads, two at least."""
     torch.set_num_threads(max(2, _THREADS))
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Two processes in a gloo group, started by the first test that asks for them."""
+    processes = Processes(2, tmp_path_factory.mktemp("processes"))
+    yield processes
+    processes.stop()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

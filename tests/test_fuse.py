@@ -167,7 +167,7 @@ def _hooked():
         ),
         (lambda: nn.Sequential(nn.LazyLinear(4), nn.ReLU()), "lazy"),
         (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), "followed by ReLU, not LeakyReLU"),
-        (lambda: nn.Sequential(nn.SyncBatchNorm(4), nn.LeakyReLU()), "not SyncBatchNorm"),
+        (lambda: nn.Sequential(nn.SyncBatchNorm(4), nn.Tanh()), "followed by Tanh, not LeakyReLU"),
         (_replaced, "its forward was replaced"),
         (_hooked, "1 has a hook"),
     ],

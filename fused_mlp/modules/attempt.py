@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .. import backends
 from ..dropout import draw_seed
@@ -20,10 +21,12 @@ from ..ops.batch_norm_leaky_relu import BatchNormLeakyReLUFunction
 from ..ops.batch_norm_leaky_relu import check as check_batch_norm
 from ..ops.linear_relu import LinearReLUFunction
 from ..ops.linear_relu import check as check_linear_relu
+from ..ops.over_group import batch_norm_leaky_relu as batch_norm_over_group
 from ..ops.research_net import check as check_research_net
 from ..ops.research_net import research_net as research_net_op
 from ..ops.research_net import run as run_research_net
 from .fit import Fit
+from .norm import NormState
 
 _research_net = torch.ops.fused_mlp_kernels.research_net.default
 _linear_relu = torch.ops.fused_mlp_kernels.linear_relu.default
@@ -39,45 +42,9 @@ def two_fits() -> Fits:
     return Fit(feature_dim=1), Fit(feature_dim=1)
 
 
-# What one call of a batch norm uses: weight, bias, running_mean, running_var,
-# num_batches_tracked, whether the batch's own statistics count, momentum, eps. A plain tuple: a
-# NamedTuple takes half a microsecond to make.
-NormState = tuple[
-    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float
-]
-
-
 # What one call of a whole network uses: weights, biases, the batch norm's state, dropout
 # probabilities, slope of the LeakyReLU.
 NetState = tuple[Sequence[Tensor], Sequence[Tensor], NormState, Sequence[float], float]
-
-
-def norm_state(module: dict[str, Any]) -> NormState:
-    """Work out from a batch norm's ``__dict__`` what ``nn.BatchNorm1d.forward`` would use.
-
-    Raises:
-        KeyError: where a parameter is not a plain one.
-    """
-    parameters, buffers = module["_parameters"], module["_buffers"]
-    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-    num_batches_tracked = None
-    training = module["training"]
-    if not training:
-        # Without running statistics evaluation uses those of the batch.
-        training = running_mean is None and running_var is None
-    elif module["track_running_stats"]:
-        num_batches_tracked = buffers["num_batches_tracked"]
-    else:
-        running_mean = running_var = None
-    momentum = module["momentum"]
-    if momentum is None:
-        momentum = 0.0
-        if num_batches_tracked is not None:  # a cumulative average; the op counts this batch
-            momentum = 1.0 / (float(num_batches_tracked) + 1.0)
-    return (
-        parameters["weight"], parameters["bias"], running_mean, running_var, num_batches_tracked,
-        training, momentum, module["eps"],
-    )  # fmt: skip
 
 
 def linear_relu(
@@ -106,7 +73,9 @@ def batch_norm_leaky_relu(
     """Return leaky_relu(batch_norm(input)), or None where the kernel cannot take the tensors."""
     if forward_ad._current_level >= 0:
         return None
-    weight, bias, running_mean, running_var, tracked, training, momentum, eps = state
+    weight, bias, running_mean, running_var, tracked, training, momentum, eps, group = state
+    if group is not None:
+        return _batch_norm_over_group(input, state, negative_slope)
     tensors: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
     if tracked is not None:
         tensors += (tracked,)
@@ -133,6 +102,21 @@ def batch_norm_leaky_relu(
     return output
 
 
+def _batch_norm_over_group(input: Any, state: NormState, negative_slope: float) -> Tensor | None:
+    """Return leaky_relu(batch_norm(input)) with the statistics of all processes of the group.
+
+    Whether it runs must not depend on how many rows this process has: the others wait for it. So
+    nothing is remembered here, and the op checks its arguments at every call.
+    """
+    weight, bias, running_mean, running_var, tracked, _, momentum, eps, group = state
+    if type(input) not in (Tensor, Parameter) or input.dim() not in (2, 3):
+        return None
+    return batch_norm_over_group(
+        input, running_mean, running_var, weight, bias, momentum, eps, negative_slope, group,
+        num_batches_tracked=tracked,
+    )  # fmt: skip
+
+
 def research_net(
     fits: Fits,
     input: Any,
@@ -145,7 +129,9 @@ def research_net(
     """Return the whole network's output, or None where the kernel cannot take the tensors."""
     if forward_ad._current_level >= 0:
         return None
-    weight, bias, running_mean, running_var, tracked, training, momentum, eps = state
+    weight, bias, running_mean, running_var, tracked, training, momentum, eps, group = state
+    if group is not None:  # the batch norm waits for other processes in the middle: op by op
+        return None
     tensors: tuple[Any, ...] = (input, *weights, *biases, weight, bias, running_mean, running_var)
     if tracked is not None:
         tensors += (tracked,)

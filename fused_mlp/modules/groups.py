@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from .. import backends
 from . import attempt, snapshot
 from .fit import Fit
+from .norm import SynchronizedForward, norm_state
 from .patterns import BATCH_NORM_LEAKY_RELU, LINEAR_RELU, RESEARCH_NET, Run
 from .prepared import PreparedNet, can_prepare
 
@@ -53,7 +54,7 @@ def runs_as_written(modules: Iterable[dict[str, Any]]) -> bool:
             or module["_forward_pre_hooks"]
             or module["_backward_hooks"]
             or module["_backward_pre_hooks"]
-            or "forward" in module
+            or ("forward" in module and type(module["forward"]) is not SynchronizedForward)
             or "_compiled_call_impl" in module
         ):
             return False
@@ -99,7 +100,7 @@ class BatchNormLeakyReLUGroup:
         if runs_as_written(self._dicts):
             norm, activation = self._dicts
             try:
-                state = attempt.norm_state(norm)
+                state = norm_state(norm)
             except KeyError:
                 return _one_by_one(self._modules, input)
             slope = activation["negative_slope"]
@@ -173,20 +174,22 @@ class ResearchNetGroup:
             dropout[name] if dropout is not None and dropout["training"] else 0.0
             for dropout, name in self._dropouts
         ]
-        state = attempt.norm_state(self._norm)
+        state = norm_state(self._norm)
         return weights, biases, state, dropout_p, self._slope["negative_slope"]
 
     def _prepare(self, input: Tensor) -> None:
         """Make ready for more calls like the one that ran."""
-        mode = self._norm["training"]
-        if mode and self._norm["momentum"] is None:  # it depends on the batches counted so far
+        norm, mode = self._norm, self._norm["training"]
+        # A momentum of None depends on the batches counted so far; whether statistics are shared,
+        # on the process groups there are.
+        if mode and (norm["momentum"] is None or "forward" in norm or "process_group" in norm):
             return
         before = self._prepared.get(mode)
         if before is not None and before.holds(self._modules) and before.accept(input):
             return
         read = snapshot.take(self._modules.values(), self._entries())
         weights, biases, state, dropout_p, slope = self._read()
-        weight, bias, running_mean, running_var, tracked, training, momentum, eps = state
+        weight, bias, running_mean, running_var, tracked, training, momentum, eps, _ = state
         fresh = PreparedNet(
             read,
             (weights, biases, weight, bias, running_mean, running_var, tracked, training,
@@ -209,6 +212,8 @@ class ResearchNetGroup:
         norm = self._norm
         yield norm, ("training", "momentum", "eps", "track_running_stats", "_parameters",
                      "_buffers")  # fmt: skip
+        if "forward" in norm:  # synchronized, which changes nothing in evaluation
+            yield norm, ("forward",)
         yield norm["_parameters"], ("weight", "bias")
         yield norm["_buffers"], ("running_mean", "running_var", "num_batches_tracked")
         yield self._slope, ("negative_slope",)

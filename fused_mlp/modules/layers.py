@@ -13,6 +13,7 @@ from .. import functional
 from . import attempt, tracing
 from .cache import CachingModule
 from .fit import Fit
+from .norm import norm_state
 
 
 class LinearReLU(CachingModule):
@@ -124,7 +125,7 @@ class BatchNormLeakyReLU(CachingModule, _NormBase):
         if fits is None:
             fits = self.__dict__["_cache"] = attempt.two_fits()
         try:
-            state = attempt.norm_state(self.__dict__)
+            state = norm_state(self.__dict__)
         except KeyError:
             return self._plain(input)
         output = attempt.batch_norm_leaky_relu(fits, input, state, self.negative_slope)

@@ -61,7 +61,7 @@ def _short_runs(modules: Sequence[nn.Module]) -> list[Run]:
         following = kinds[start + 1 : start + 3]
         if kinds[start] is nn.Linear and following[:1] == [nn.ReLU]:
             op, length = LINEAR_RELU, 3 if following[1:] == [nn.Dropout] else 2
-        elif kinds[start] is nn.BatchNorm1d and following[:1] == [nn.LeakyReLU]:
+        elif kinds[start] in (nn.BatchNorm1d, nn.SyncBatchNorm) and following[:1] == [nn.LeakyReLU]:
             op, length = BATCH_NORM_LEAKY_RELU, 2
         elif kinds[start] is LinearReLU:
             op = LINEAR_RELU

@@ -38,15 +38,22 @@ def take(
 
     Args:
         modules: all children of a container, in order.
-        read: dictionaries and the keys whose values matter.
+        read: dictionaries and the keys whose values matter. A ``forward`` set on a module must be
+            among them; where it is not, none may be set.
     """
-    modules = tuple(modules)
+    modules, read = tuple(modules), tuple(read)
     dicts = [module.__dict__ for module in modules]
     return (
         modules,
         tuple(x for module in modules for x in (module, type(module))),
         tuple(x for entry, keys in read for key in keys for x in (entry, key, entry[key])),
-        tuple(x for entry in dicts for key in _OVERRIDES for x in (entry, key)),
+        tuple(
+            x
+            for entry in dicts
+            for key in _OVERRIDES
+            if not any(entry is seen and key in keys for seen, keys in read)
+            for x in (entry, key)
+        ),
         _GLOBAL_HOOKS,
         tuple(x for entry in dicts for key in _HOOKS for x in (entry, key)),
     )

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..ops._common import FLOATING
+from .norm import SynchronizedForward
 
 
 def ops_allowed(input: Any) -> bool:
@@ -105,11 +106,14 @@ def _chained(input: Tensor, weight: Tensor, bias: Tensor | None, features: int) 
 def _norm_state(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool] | None:
     """Return running statistics, batch counter and whether the batch's own statistics count.
 
-    None where the momentum depends on the batch counter: a traced graph cannot read it.
+    None where the momentum depends on the batch counter, which a traced graph cannot read, or where
+    the statistics are shared with other processes, which it cannot wait for.
     """
     running_mean, running_var = norm.running_mean, norm.running_var
     if not norm.training:
         return running_mean, running_var, None, running_mean is None and running_var is None
+    if type(norm) is nn.SyncBatchNorm or type(norm.forward) is SynchronizedForward:
+        return None
     if not norm.track_running_stats:
         return None, None, None, True
     if norm.momentum is None:

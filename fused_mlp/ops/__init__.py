@@ -3,6 +3,7 @@
 Importing this package registers ``torch.ops.fused_mlp.*`` and ``torch.ops.fused_mlp_kernels.*``.
 """
 
+from . import over_group
 from ._common import check_probability
 from .batch_norm_leaky_relu import batch_norm_leaky_relu
 from .linear_relu import linear_relu
@@ -14,5 +15,6 @@ __all__ = [
     "check_probability",
     "linear_relu",
     "normalize",
+    "over_group",
     "research_net",
 ]

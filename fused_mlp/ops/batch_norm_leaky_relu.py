@@ -6,7 +6,7 @@ LeakyReLU saw is computed again from them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -177,6 +177,32 @@ def check(
     num_batches_tracked: Tensor | None,
 ) -> None:
     """Raise for arguments that do not fit together, before anything runs."""
+    check_tensors(
+        input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked
+    )
+    if training and input.numel() == input.shape[1] > 0:
+        raise_one_value(input)
+
+
+def raise_one_value(input: Tensor) -> NoReturn:
+    """Raise torch's error for a batch whose variance says nothing."""
+    raise ValueError(
+        "batch_norm_leaky_relu(): expected more than 1 value per channel when training, got input "
+        f"size {input.shape}"
+    )
+
+
+def check_tensors(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raise as :func:`check`, but take any number of rows."""
     op = "batch_norm_leaky_relu"
     check_tensor(op, "input", input)
     check_floating(op, "input", input)
@@ -189,11 +215,6 @@ def check(
         op, input, input.shape[1], running_mean, running_var, weight, bias, training, eps,
         num_batches_tracked,
     )  # fmt: skip
-    if training and input.numel() == input.shape[1] > 0:
-        raise ValueError(
-            f"{op}(): expected more than 1 value per channel when training, got input size "
-            f"{input.shape}"
-        )
 
 
 def check_norm(

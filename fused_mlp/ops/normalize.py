@@ -67,6 +67,21 @@ def check(
     input: Tensor, dim: Sequence[int] | None, correction: float, eps: float
 ) -> list[int] | None:
     """Raise for arguments that do not fit together; return ``dim`` sorted and not negative."""
+    dims, count = check_arguments(input, dim, correction, eps)
+    if count - correction <= 0:
+        warnings.warn(
+            f"normalize(): degrees of freedom is <= 0: {count} values a group, correction "
+            f"{correction}; the standard deviation is not a number. Lower correction or give more "
+            "values.",
+            stacklevel=4,
+        )
+    return dims
+
+
+def check_arguments(
+    input: Tensor, dim: Sequence[int] | None, correction: float, eps: float
+) -> tuple[list[int] | None, int]:
+    """Raise as :func:`check`; return ``dim`` sorted, and how many values one deviation is of."""
     op = "normalize"
     check_tensor(op, "input", input)
     check_floating(op, "input", input)
@@ -95,13 +110,7 @@ def check(
             if rank:
                 dims.append(d % rank)
                 count *= input.shape[d]
-    if count - correction <= 0:
-        warnings.warn(
-            f"{op}(): degrees of freedom is <= 0: {count} values a group, correction {correction}; "
-            "the standard deviation is not a number. Lower correction or give more values.",
-            stacklevel=4,
-        )
-    return sorted(dims) or None
+    return sorted(dims) or None, count
 
 
 def _fake(
