@@ -12,7 +12,7 @@ from .errors import BenchError
 _COMMANDS = {
     "compare": ("compare", "main"),
     "report": ("report", "main"),
-    "overhead": ("run", "print_overhead"),
+    "overhead": ("overhead", "main"),
     "docs": ("docs", "main"),
     "gpu-report": ("gpu_command", "main"),
 }

@@ -1,4 +1,4 @@
-"""Where the numbers come from: the machine, its peaks, the versions, the settings, the load."""
+"""Where the numbers come from: the machine, the versions, the settings, the load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -21,8 +20,8 @@ from fused_mlp import backends
 
 from .errors import BenchError
 
-BUSY = 0.5  # load average at the start above which numbers are not to be believed
-PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "jax")
+BUSY = 0.25  # cores that others keep busy, above which numbers are not to be believed
+PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "jax", "attorch")
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_BLOCKTIME", "GOMP_SPINCOUNT",
               "OMP_WAIT_POLICY", "FUSED_MLP_BACKEND", "FUSED_MLP_CPU_ISA", "LD_PRELOAD",
               "MALLOC_CONF")  # fmt: skip
@@ -40,6 +39,7 @@ def collect(device: torch.device) -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "load_average": load_average(),
+        "busy_cores": busy_cores(),
         "nice": os.nice(0) if hasattr(os, "nice") else None,
         "python": platform.python_version(),
         "versions": _versions(),
@@ -78,6 +78,40 @@ def load_average() -> float | None:
         return None
 
 
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """Return how many cores work while this process sleeps, or None where that is not to be had.
+
+    The load average takes in what this process itself did in the last minute; this does not.
+    """
+    before = _cpu_ticks()
+    time.sleep(seconds)
+    after = _cpu_ticks()
+    if before is None or after is None or after[1] == before[1]:
+        return None
+    share = (after[0] - before[0]) / (after[1] - before[1])
+    return round(share * (os.cpu_count() or 1), 2)
+
+
+def _cpu_ticks() -> tuple[int, int] | None:
+    """Return the ticks in which the cores worked, and all."""
+    fields = (_read("/proc/stat") or "").split("\n", 1)[0].split()[1:]
+    if len(fields) < 8:
+        return None
+    ticks = [int(field) for field in fields[:8]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # all but idle and waiting for disks
+
+
+def busyness(where: dict[str, Any]) -> str:
+    """Return a warning where something else ran beside the measurement, else nothing."""
+    busy = where.get("busy_cores")
+    if busy is None or busy <= BUSY:
+        return ""
+    return (
+        f"Something else kept {busy} cores busy (load average {where.get('load_average')}): ratios "
+        "stay roughly right, times do not; do not publish them."
+    )
+
+
 def choose_device(name: str) -> torch.device:
     """Return a device that works here.
 
@@ -91,33 +125,6 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise BenchError(f"--device {name} cannot be used here: {reason}") from error
     return device
-
-
-def measure_peaks(device: torch.device, size: int = 2048, copy_mib: int = 256) -> dict[str, float]:
-    """Measure what bounds every op: FLOP/s of a large float32 product, bytes/s of a copy.
-
-    Args:
-        size: rows and columns of the product's square operands.
-        copy_mib: size of the buffer that is copied; its bytes count twice, read and written.
-
-    Returns:
-        ``gflops`` and ``gb_per_s``, the best of several tries: a ceiling, not a typical value.
-    """
-    a, b = torch.randn(2, size, size, device=device).unbind()
-    out = torch.empty_like(a)
-    source = torch.randn(copy_mib * 2**18, device=device)
-    target = torch.empty_like(source)
-    product = _best_seconds(lambda: torch.mm(a, b, out=out), device)
-    products = [product]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # oneDNN knows AVX-512 where MKL takes AVX2 on AMD: the higher one is the ceiling.
-        run = torch.ops.mkldnn._linear_pointwise
-        products.append(_best_seconds(lambda: run(a, b, None, "none", [], ""), device))
-    copied = _best_seconds(lambda: target.copy_(source), device)
-    return {
-        "gflops": 2 * size**3 / min(products) / 1e9,
-        "gb_per_s": 2 * source.numel() * 4 / copied / 1e9,
-    }
 
 
 def last_level_cache() -> int:
@@ -146,28 +153,10 @@ def git_revision() -> str | None:
     return revision + ("+changes" if changed else "")
 
 
-def _best_seconds(run: Any, device: torch.device, tries: int = 7) -> float:
-    run()
-    times = []
-    for _ in range(tries):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def timer_overhead() -> float:
-    """Return the seconds a pair of clock reads takes."""
-    pairs = [-time.perf_counter() + time.perf_counter() for _ in range(1000)]
-    return statistics.median(pairs)
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,14 +31,15 @@ def measure(case: Case, rivals: Sequence[Rival], budget: Budget) -> list[Row]:
     contestants: dict[str, Contestant] = {}
     exact = work.results(work.eager, torch.float64)
     eager_error = workload.error(work.results(work.eager), exact)
+    device = torch.device(case.device)
     for rival in rivals:
         row = rows[rival.name] = _row(case, rival.name)
         try:
-            contestant = rival.prepare(work)
+            contestant, first_call = _first_call(rival, work, device)
             if contestant.results is not None:
                 row.error = workload.error(contestant.results(), exact)
                 workload.check(row.error, eager_error, case.dtype)
-            contestants[rival.name] = contestant
+            contestants[rival.name], row.first_call_s = contestant, first_call
         except Unsupported:
             del rows[rival.name]
         except Wrong as reason:
@@ -50,11 +52,22 @@ def measure(case: Case, rivals: Sequence[Rival], budget: Budget) -> list[Row]:
     if EAGER in contestants:
         contestants[AGAIN] = next(r for r in rivals if r.name == EAGER).prepare(work)
         rows[AGAIN] = _row(case, AGAIN)
-    device = torch.device(case.device)
     with _mode(case):
         _time(rows, contestants, device, budget)
         _count(rows, contestants, device, case)
     return list(rows.values())
+
+
+def _first_call(
+    rival: Rival, work: workload.Workload, device: torch.device
+) -> tuple[Contestant, float]:
+    """Return the contestant and how long its first result took, compiling and packing included."""
+    start = time.perf_counter()
+    contestant = rival.prepare(work)
+    with _mode(work.case):
+        contestant.step()
+        environment.synchronize(device)
+    return contestant, time.perf_counter() - start
 
 
 def _row(case: Case, contestant: str) -> Row:
@@ -75,20 +88,12 @@ def _time(
     device: torch.device,
     budget: Budget,
 ) -> None:
-    steps: dict[str, Callable[[], object]] = {}
-    for name, contestant in contestants.items():
-        try:
-            contestant.step()  # a compiler may give up here
-            steps[name] = contestant.step
-        except Exception as failure:
-            if name in (EAGER, AGAIN, FUSED):
-                raise
-            rows[name].note = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+    steps = {name: contestant.step for name, contestant in contestants.items()}
     samples = interleave(steps, budget, lambda: environment.synchronize(device))
     for name, taken in samples.items():
         row, times = rows[name], spread(taken.seconds)
         row.median_s, row.low_s, row.high_s = times.median, times.low, times.high
-        row.samples, row.first_call_s = times.count, taken.first_call
+        row.samples = times.count
         ratio = ratios(samples[EAGER].seconds, taken.seconds)
         row.speed_up, row.speed_up_low, row.speed_up_high = ratio.median, ratio.low, ratio.high
         row.over_fused = ratios(taken.seconds, samples[FUSED].seconds).median

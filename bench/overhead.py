@@ -6,7 +6,9 @@ and the shares add up to the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +17,11 @@ from torch import Tensor
 from fused_mlp import backends
 from fused_mlp.dropout import draw_seed
 
-from . import counting, workload
+from . import counting, options, workload
 from .cases import NETWORK, REFERENCE, Case
+from .kernels import raw_calls, without_grad
 from .timing import Budget, interleave, spread
 
-KERNELS = torch.ops.fused_mlp_kernels
 _BLOCKS = 16
 SHARES = {
     "python": "module and backend checks, reading parameters",
@@ -107,14 +109,14 @@ def _steps(work: workload.Workload) -> dict[str, Callable[[], object]]:
         model = getattr(work, name)
         steps[f"{name} step"] = work.step(model, list(model.parameters()))
         steps[f"{name} forward"] = _bind(model, x)
-        steps[f"{name}, no grad"] = _without_grad(_bind(model, x))
-    forward, backward = _raw_calls(work, x, grad)
-    none, none_backward = _raw_calls(work, x[:0], grad[:0])
+        steps[f"{name}, no grad"] = without_grad(_bind(model, x))
+    forward, backward = raw_calls(work, x, grad)
+    none, none_backward = raw_calls(work, x[:0], grad[:0])
     steps |= {
-        "forward op": _without_grad(forward),
-        "backward op": _without_grad(backward),
-        "forward, no rows": _without_grad(none),
-        "backward, no rows": _without_grad(none_backward),
+        "forward op": without_grad(forward),
+        "backward op": without_grad(backward),
+        "forward, no rows": without_grad(none),
+        "backward, no rows": without_grad(none_backward),
         "seed": lambda: draw_seed(x.device),
         "empty node": _empty_node(work.fused.parameters(), grad),
     }
@@ -123,45 +125,6 @@ def _steps(work: workload.Workload) -> dict[str, Callable[[], object]]:
 
 def _bind(function: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
     return lambda: function(x)
-
-
-def _without_grad(step: Callable[[], object]) -> Callable[[], object]:
-    def run() -> None:
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
-            step()
-        finally:
-            torch._C._set_grad_enabled(before)
-
-    return run
-
-
-def _raw_calls(
-    work: workload.Workload, x: Tensor, grad: Tensor
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return the forward and the backward kernel's call, past modules and autograd."""
-    layers: Any = work.fused.research_layers
-    linears = [m for m in layers if isinstance(m, torch.nn.Linear)]
-    norm: Any = next(m for m in layers if isinstance(m, torch.nn.BatchNorm1d))
-    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-    p = [work.case.dropout] * (len(linears) - 2)
-    seed = draw_seed(x.device)
-    ends = (True, p, seed)
-    run, back = KERNELS.research_net.default, KERNELS.research_net_backward.default
-    buffers = [b.clone() for b in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
-
-    def forward() -> Any:
-        return run(x, weights, biases, norm.weight, norm.bias, *buffers, *ends, 0.1, 1e-5, 0.01)
-
-    with torch.no_grad():
-        saved = forward()[1]
-    mask = [False, *([True] * (2 * len(linears) + 2))]
-
-    def backward() -> object:
-        return back(grad, x, weights, biases, norm.weight, norm.bias, saved, *ends, 0.01, mask)
-
-    return forward, backward
 
 
 def _empty_node(parameters: Any, grad: Tensor) -> Callable[[], object]:
@@ -198,3 +161,31 @@ def text(found: dict[str, Any]) -> str:
         f"{found['allocations']} allocations a fused step.",
     ]
     return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m bench overhead``: print the split."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench overhead",
+        description="Split one small training step into Python, dispatch, autograd engine, "
+        "allocation and kernel, in µs.",
+    )
+    parser.add_argument(
+        "--net", type=options.net, default=REFERENCE, metavar="N,N[,N…]",
+        help="widths of the network (default: 10,64,32,5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", type=options.whole, default=32, metavar="N", help="rows (default: 32)"
+    )
+    parser.add_argument(
+        "--threads", type=options.whole, metavar="N", help="of PyTorch (default: as torch has it)"
+    )
+    parser.add_argument(
+        "--backend", choices=backends.NAMES, default="auto", help="whose kernels run"
+    )
+    chosen = parser.parse_args(argv)
+    if chosen.batch < 2:
+        parser.error("--batch: batch norm cannot train at batch 1")
+    with options.settings(chosen):
+        sys.stdout.write(text(split(chosen.batch, chosen.net)) + "\n")
+    return 0

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import tables
-from .environment import BUSY
+from .environment import busyness
+from .overhead import SHARES
 from .results import Results, load
 
 _STYLE = """
@@ -24,8 +25,8 @@ th:first-child, td:first-child { text-align: left }
 th { background: #f3f3f3 } img { max-width: 100% } .warn { background: #fff3cd; padding: .6em 1em }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px }
 """
-_TITLES = {"speed_up": "Speed-up", "roofline": "Roofline", "time_split": "Time split",
-           "memory": "Peak memory"}  # fmt: skip
+_TITLES = {"speed_up": "Speed-up of networks", "ops": "Speed-up of the ops on their own",
+           "roofline": "Roofline", "time_split": "Time split", "memory": "Peak memory"}  # fmt: skip
 
 
 def write(folder: Path) -> Path:
@@ -44,12 +45,8 @@ def render(results: Results, folder: Path) -> str:
     """Return the page; plots are read from ``folder`` where they are there."""
     where = results.environment
     parts = [f"<h1>fused_mlp on {_escape(where.get('cpu'))}</h1>", _summary(results)]
-    load_average = where.get("load_average")
-    if load_average is not None and load_average > BUSY:
-        parts.append(
-            f'<p class="warn">The load average was {load_average} at the start: other work ran '
-            "beside this, and the times are not to be relied on.</p>"
-        )
+    if warning := busyness(where):
+        parts.append(f'<p class="warn">{_escape(warning)}</p>')
     for name, title in _TITLES.items():
         picture = folder / f"{name}.svg"
         if picture.is_file():
@@ -58,12 +55,16 @@ def render(results: Results, folder: Path) -> str:
                 f'<h2>{title}</h2><img alt="{title}" src="data:image/svg+xml;base64,{data}">'
             )
     header, lines = tables.cells(results)
-    parts += ["<h2>All cases</h2>", _table(header, lines)]
+    parts += ["<h2>All cases</h2>", _table(header, lines), f"<p>{_escape(tables.LEGEND)}</p>"]
     losing = tables.losing_lines(results)
     parts += [f"<h2>Faster than fused ({len(losing)})</h2>", _list(losing or ["nobody"])]
     failed = tables.failed_lines(results)
     if failed:
         parts += ["<h2>Not timed</h2>", _list(failed)]
+    note = "<p>Until the first result: compiling, converting and packing. In no other time.</p>"
+    parts += ["<h2>First calls</h2>", note, _table(*tables.call_cells(results))]
+    if results.overhead:
+        parts += ["<h2>One small training step</h2>", _overhead(results.overhead)]
     for name, rows in results.extra.items():
         if rows:
             shown = [[str(v) for v in row.values()] for row in rows]
@@ -99,6 +100,14 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _overhead(split: dict[str, Any]) -> str:
+    lines = [
+        [name, f"{value:.1f}", f"{100 * value / split['fused step']:.0f} %", SHARES.get(name, "")]
+        for name, value in split["fused"].items()
+    ]
+    return _table(["fused", "µs", "share", "what"], lines)
 
 
 def _list(lines: Iterable[str]) -> str:

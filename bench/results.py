@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BenchError
+from .rivals import NO_RIVALS
 
 FORMAT = "fused_mlp-bench"
 VERSION = 1
@@ -25,6 +26,7 @@ class Row:
     Attributes:
         speed_up, speed_up_low, speed_up_high: median and quartiles of the ratios in each round.
         over_fused: this one's time over fused's, the median of the ratios in each round.
+        first_call_s: until the first result, with compiling, converting and packing.
         error: relative, in the 2-norm, against float64; None where it was not checked.
         peak_bytes: the most a step holds above what was there before.
         launches, event_s, graph_s, host_s: on a GPU alone.
@@ -65,12 +67,17 @@ class Row:
         return (self.op, self.shape, self.batch, self.mode, self.dtype, self.device, self.threads)
 
     @property
+    def device_s(self) -> float | None:
+        """What the device takes: by CUDA events on a GPU, on the CPU the whole call."""
+        return self.median_s if self.event_s is None else self.event_s
+
+    @property
     def gflops(self) -> float | None:
-        return self.flops / self.median_s / 1e9 if self.flops and self.median_s else None
+        return self.flops / self.device_s / 1e9 if self.flops and self.device_s else None
 
     @property
     def gb_per_s(self) -> float | None:
-        return self.bytes / self.median_s / 1e9 if self.bytes and self.median_s else None
+        return self.bytes / self.device_s / 1e9 if self.bytes and self.device_s else None
 
 
 @dataclass
@@ -78,7 +85,7 @@ class Results:
     """One run.
 
     Attributes:
-        peaks: ``gflops`` and ``gb_per_s`` measured on the device.
+        peaks: ``gflops``, ``gb_per_s`` and, on the CPU, ``fma_gflops``; see ``bench.peaks``.
         skipped: rivals that could not run, and why.
         overhead: the split of a small training step; see ``bench.overhead``.
         extra: tables of other measurements (end to end, serving), by name.
@@ -100,9 +107,7 @@ class Results:
         return [
             row
             for row in self.rows
-            if row.contestant not in ("fused", "eager again")
-            and row.over_fused is not None
-            and row.over_fused < 1
+            if row.contestant not in NO_RIVALS and row.over_fused is not None and row.over_fused < 1
         ]
 
 

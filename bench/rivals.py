@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from . import rivals_external as external
 from .errors import BenchError, Unsupported
-from .workload import Workload
+from .workload import Workload, without_dropout
 
-EAGER, AGAIN, FUSED = "eager", "eager again", "fused"
+EAGER, AGAIN, FUSED, KERNEL = "eager", "eager again", "fused", "kernel"
+# Measured beside the rivals, and none: eager a second time, and our own kernels by themselves.
+NO_RIVALS = (FUSED, AGAIN, KERNEL)
 
 
 @dataclass
@@ -64,19 +68,23 @@ def _fused(workload: Workload) -> Contestant:
     return _module(workload, workload.fused)
 
 
+def _kernel(workload: Workload) -> Contestant:
+    return Contestant(kernels.step(workload), None)  # fused is checked: it is the same op
+
+
 def _compiled(mode: str | None) -> Prepare:
+    def compile_(model: nn.Module) -> Any:
+        return torch.compile(model, mode=mode, dynamic=False)
+
     def prepare(workload: Workload) -> Contestant:
         torch._dynamo.reset()
         model = copy.deepcopy(workload.eager)
-        compiled = torch.compile(model, mode=mode, dynamic=False)
+        compiled = compile_(model)
         contestant = Contestant(workload.step(compiled, list(model.parameters())), None)
-        # Without dropout it would be another graph: its training step is checked where the case
-        # has no dropout, its evaluation always.
-        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        if workload.case.mode == "train" and not drops:
-            contestant.results = _compiled_results(workload, model, compiled)
-        elif workload.case.mode == "eval":
+        if workload.case.mode == "eval":
             contestant.results = lambda: [_inference(compiled, workload.inputs[0][0])]
+        else:  # without dropout it is another graph: the same network compiled once more
+            contestant.results = lambda: _gradients(workload, compile_)
         return contestant
 
     return prepare
@@ -87,16 +95,12 @@ def _inference(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return model(x).clone()
 
 
-def _compiled_results(
-    workload: Workload, model: nn.Module, compiled: Callable[[Tensor], Tensor]
-) -> Callable[[], list[Tensor]]:
-    def results() -> list[Tensor]:
-        x, grad_output = workload.inputs[0]
-        leaves = list(model.parameters()) + ([x] if x.requires_grad else [])
-        output = compiled(x)
-        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
-
-    return results
+def _gradients(workload: Workload, compile_: Callable[[nn.Module], Any]) -> list[Tensor]:
+    model = without_dropout(workload.eager)
+    x, grad_output = workload.inputs[0]
+    leaves = list(model.parameters()) + ([x] if x.requires_grad else [])
+    output = compile_(model)(x)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
 # --------------------------------------------------------------- eager, but through oneDNN
@@ -106,53 +110,77 @@ def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _grad_weight_product(grad_output: Tensor, x: Tensor) -> Tensor:
+    # oneDNN wants its left operand dense, so the gradient is transposed first.
+    return _onednn_product(grad_output.t(), x.t(), None)
+
+
 class _OneDnnFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, library_for_weight: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, choices: _Choices) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.library_for_weight = library_for_weight
-        return _onednn_product(x, weight, bias)
+        ctx.choices = choices
+        return (_onednn_product if choices.output else F.linear)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _onednn_product(grad_output, weight.t(), None)
-        grad_weight = _weight_gradient(grad_output, x, ctx.library_for_weight)
+            through = ctx.choices.grad_x
+            grad_x = (
+                _onednn_product(grad_output, weight.t(), None) if through else grad_output @ weight
+            )
+        grad_weight = (
+            _grad_weight_product(grad_output, x) if ctx.choices.grad_weight else grad_output.t() @ x
+        )
         return grad_x, grad_weight, grad_output.sum(0), None
 
 
-def _weight_gradient(grad_output: Tensor, x: Tensor, through_onednn: bool) -> Tensor:
-    # oneDNN wants its left operand dense, so the gradient is transposed first.
-    return _onednn_product(grad_output.t(), x.t(), None) if through_onednn else grad_output.t() @ x
+@dataclass(frozen=True)
+class _Choices:
+    """Which products of a layer are faster through oneDNN than through torch's own call."""
+
+    output: bool
+    grad_x: bool
+    grad_weight: bool
+
+    @classmethod
+    def measured(cls, x: Tensor, weight: Tensor, bias: Tensor) -> _Choices:
+        x, weight, bias = x.detach(), weight.detach(), bias.detach()
+        grad = torch.randn(len(x), len(weight), dtype=x.dtype)
+        pairs = (
+            (lambda: _onednn_product(x, weight, bias), lambda: F.linear(x, weight, bias)),
+            (lambda: _onednn_product(grad, weight.t(), None), lambda: grad @ weight),
+            (lambda: _grad_weight_product(grad, x), lambda: grad.t() @ x),
+        )
+        with torch.no_grad():
+            return cls(*(_seconds(one) < _seconds(other) for one, other in pairs))
 
 
 class OneDnnLinear(nn.Linear):
-    """``nn.Linear`` whose products run through oneDNN, where torch would call MKL.
+    """``nn.Linear`` whose products run through oneDNN wherever that is faster than torch's call.
 
-    The weight's gradient takes whichever of the two is faster at the layer's first backward.
+    Each product is timed both ways at the layer's first call.
     """
 
-    through_onednn: bool | None = None
+    choices: _Choices | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.choices is None:
+            self.choices = _Choices.measured(input, self.weight, self.bias)
         if not torch.is_grad_enabled():
-            return _onednn_product(input, self.weight, self.bias)
-        if self.through_onednn is None:
-            grad = torch.randn(len(input), self.out_features, dtype=input.dtype)
-            data = input.detach()
-            through = _seconds(lambda: _weight_gradient(grad, data, True))
-            self.through_onednn = through < _seconds(lambda: _weight_gradient(grad, data, False))
-        return _OneDnnFunction.apply(input, self.weight, self.bias, self.through_onednn)
+            product = _onednn_product if self.choices.output else F.linear
+            return product(input, self.weight, self.bias)
+        if self.choices == _Choices(False, False, False):
+            return F.linear(input, self.weight, self.bias)
+        return _OneDnnFunction.apply(input, self.weight, self.bias, self.choices)
 
 
 def _seconds(step: Callable[[], object]) -> float:
     step()
     times = []
-    for _ in range(5):
+    for _ in range(7):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
@@ -184,23 +212,26 @@ RIVALS = {
     for rival in (
         Rival(EAGER, "plain PyTorch", (), _eager),
         Rival(FUSED, "this package", (), _fused),
-        Rival("onednn", "eager with dropout 0, its Linears through oneDNN", (), _onednn),
+        Rival(KERNEL, "our kernels by themselves, without module and autograd", (), _kernel),
+        Rival("onednn", "eager with dropout 0, its products through oneDNN where faster", (),
+              _onednn),
         Rival("compile", "torch.compile, default mode", (), _compiled(None)),
         Rival("compile-max", "torch.compile, max-autotune", (), _compiled("max-autotune")),
         Rival("onnxruntime", "ONNX Runtime, batch norm folded by us (eval)",
               ("onnx", "onnxruntime"), external.onnxruntime),
         Rival("openvino", "OpenVINO, float32 (eval)", ("openvino",), external.openvino),
         Rival("jax", "jax.jit, forward and vjp in one call", ("jax",), external.jax),
+        Rival("attorch", "attorch's Triton layers (on CUDA)", ("attorch",), external.attorch),
     )
 }  # fmt: skip
-AGAINST = tuple(name for name in RIVALS if name not in (FUSED,))
+AGAINST = tuple(name for name in RIVALS if name not in NO_RIVALS)
 QUICK = (EAGER, "onednn")
 
 
 def choose(names: Sequence[str]) -> tuple[list[Rival], dict[str, str]]:
     """Return the rivals that can run here, and why the others cannot.
 
-    Eager and fused are always among them.
+    Eager, fused and its kernel are always among them.
 
     Raises:
         BenchError: for a name that is none.
@@ -209,7 +240,7 @@ def choose(names: Sequence[str]) -> tuple[list[Rival], dict[str, str]]:
     if unknown:
         raise BenchError(f"--against {unknown[0]}: choose from {', '.join(AGAINST)}")
     chosen, skipped = [], {}
-    for name in dict.fromkeys((EAGER, FUSED, *names)):
+    for name in dict.fromkeys((EAGER, FUSED, KERNEL, *names)):
         missing = [p for p in RIVALS[name].needs if importlib.util.find_spec(p) is None]
         if missing:
             skipped[name] = f"not installed: {', '.join(missing)}"

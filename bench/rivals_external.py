@@ -1,4 +1,7 @@
-"""The networks in ONNX Runtime, OpenVINO and JAX. Data is converted before anything is timed."""
+"""The networks in ONNX Runtime, OpenVINO, JAX and attorch.
+
+Data is converted before anything is timed.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,16 @@ if TYPE_CHECKING:
     from .rivals import Contestant
 
 
-def _require(workload: Workload, name: str, modes: tuple[str, ...]) -> None:
+def _require(
+    workload: Workload, name: str, modes: tuple[str, ...] = ("eval", "train"), device: str = "cpu"
+) -> None:
     case = workload.case
     if case.op != NETWORK:
         raise Unsupported(f"{name}: networks only")
     if case.mode not in modes:
         raise Unsupported(f"{name}: no training")
-    if case.dtype != torch.float32 or case.device != "cpu":
-        raise Unsupported(f"{name}: float32 on the CPU only")
+    if case.dtype != torch.float32 or torch.device(case.device).type != device:
+        raise Unsupported(f"{name}: float32 on {device} only")
 
 
 def _contestant(step: Any, results: Any) -> Contestant:
@@ -127,7 +132,7 @@ def openvino(workload: Workload) -> Contestant:
 
 def jax(workload: Workload) -> Contestant:
     """Prepare a network for JAX on the CPU."""
-    _require(workload, "JAX", ("eval", "train"))
+    _require(workload, "JAX")
     if torch.get_num_threads() == 1:  # read when JAX starts
         os.environ.setdefault(
             "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -208,3 +213,47 @@ def _numpy(value: Any) -> Any:
     import numpy
 
     return numpy.array(value)
+
+
+def attorch(workload: Workload) -> Contestant:
+    """Prepare a network of attorch's layers, which run on CUDA alone.
+
+    Its Linear takes the ReLU with it and holds its weight transposed.
+    """
+    _require(workload, "attorch", device="cuda")
+    import attorch as at
+
+    layers: list[nn.Module] = []
+    for module in workload.eager.modules():
+        if isinstance(module, nn.Linear):
+            layers.append(at.Linear(module.in_features, module.out_features))
+        elif isinstance(module, nn.ReLU):
+            layers[-1].act_func = "relu"
+        elif isinstance(module, nn.Dropout):
+            layers.append(at.Dropout(module.p))
+        elif isinstance(module, nn.BatchNorm1d):
+            layers.append(at.BatchNorm1d(module.num_features, module.eps, module.momentum))
+        elif isinstance(module, nn.LeakyReLU):
+            layers.append(at.LeakyReLU(module.negative_slope))
+    model = nn.Sequential(*layers).to(workload.case.device)
+    theirs = [m for m in model if any(True for _ in m.parameters())]
+    ours = [m for m in workload.eager.modules() if isinstance(m, nn.Linear | nn.BatchNorm1d)]
+    transpose = {m: isinstance(m, nn.Linear) for m in theirs}
+    with torch.no_grad():
+        for to, of in zip(theirs, ours, strict=True):
+            state = of.state_dict()
+            if transpose[to]:
+                state["weight"] = state["weight"].t()
+            to.load_state_dict(state)
+    model.train(workload.case.mode == "train")
+
+    def results() -> list[Tensor]:
+        found = workload.results(model)
+        if workload.case.mode == "eval":
+            return found
+        turned = [transpose[m] and name == "weight" for m in theirs for name, _ in
+                  m.named_parameters()]  # fmt: skip
+        gradients = [g.t() if t else g for g, t in zip(found[1:], turned, strict=True)]
+        return [found[0], *gradients]
+
+    return _contestant(workload.step(model, list(model.parameters())), results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import threading
 import time
@@ -24,6 +26,10 @@ def measure(device: torch.device, smoke: bool = False) -> list[dict[str, Any]]:
     work = workload.build(Case(NETWORK, REFERENCE, 1, "eval", device=str(device)))
     models = {"eager": work.eager, "fused": work.fused}
     data = [x for x, _ in work.inputs]
+    compiled = torch.compile(copy.deepcopy(work.eager))
+    with contextlib.suppress(Exception), torch.inference_mode():  # it may find no compiler
+        compiled(data[0])
+        models["compile"] = compiled
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -18,22 +18,25 @@ class Budget:
         seconds: what all contestants of a case may take together, once warmed up.
         sample: the least length of one sample in seconds; shorter steps are repeated inside it.
         rounds: least and most samples a contestant.
+        pause: seconds of rest before a sample: the threads of other runtimes spin for a while
+            after a call, on the cores that the next contestant wants. Without it, a step of 17 µs
+            took 4 ms beside ONNX Runtime, OpenVINO and JAX on two cores; with it, A/A is ±1 %.
     """
 
     seconds: float = 1.5
     sample: float = 1e-3
     rounds: tuple[int, int] = (7, 51)
     warm_up: float = 0.05
+    pause: float = 3e-3
 
 
-SMOKE = Budget(seconds=0.0, sample=0.0, rounds=(2, 2), warm_up=0.0)
+SMOKE = Budget(seconds=0.0, sample=0.0, rounds=(2, 2), warm_up=0.0, pause=0.0)
 
 
 @dataclass
 class Samples:
     """Seconds a call of one contestant, one entry a round."""
 
-    first_call: float = 0.0  # the very first, with compiling and packing
     seconds: list[float] = field(default_factory=list)
 
 
@@ -50,12 +53,7 @@ def interleave(
         budget: how long.
         synchronize: waits for the device.
     """
-    result = {}
-    for name, step in steps.items():
-        start = time.perf_counter()
-        step()
-        synchronize()
-        result[name] = Samples(time.perf_counter() - start)
+    result = {name: Samples() for name in steps}
     repeats = {name: _warm_up(step, budget, synchronize) for name, step in steps.items()}
     order = list(steps)
     shuffle = random.Random(0).shuffle
@@ -66,6 +64,8 @@ def interleave(
             break
         shuffle(order)
         for name in order:
+            time.sleep(budget.pause)
+            _sample(steps[name], 1 + repeats[name] // 8, synchronize)  # caches and clocks again
             result[name].seconds.append(_sample(steps[name], repeats[name], synchronize))
     return result
 

@@ -1,4 +1,4 @@
-"""End to end: seconds until a network reaches a fixed accuracy, eager against fused."""
+"""End to end: seconds until a network reaches a fixed accuracy, by every way of training it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ def measure(device: torch.device, smoke: bool = False) -> list[dict[str, Any]]:
     """Train to a fixed accuracy on digits and on a synthetic table of a million rows.
 
     Every contestant starts from the same weights and sees the same batches; steps and evaluations
-    both count. Each is trained three times in turns and the median stands; compiling counts too,
-    and is shown by itself.
+    both count. Each is trained three times in turns and the median stands. Compiling is in the
+    first run, which is shown by itself.
     """
     found = []
     sets: list[tuple[str, Callable[[], Table], int, float]] = []
@@ -49,33 +50,92 @@ def _race(name: str, data: Table, batch: int, goal: float, tries: int) -> list[d
     torch.manual_seed(0)
     place: dict[str, Any] = {"device": data[0].device}
     eager = IntelligentResearchNetwork(before, [64, 32], classes, dropout=0.1, **place)
-    fused = fused_mlp.FusedResearchNet(before, [64, 32], classes, dropout=0.1, **place)
-    fused.load_state_dict(eager.state_dict())
-    taken: dict[str, list[tuple[float, int, float]]] = {"eager": [], "fused": []}
+    start = eager.state_dict()
+    trainees = {label: make(copy.deepcopy(eager)) for label, make in _makers().items()}
+    runs: dict[str, list[tuple[float, int, float]]] = {label: [] for label in trainees}
     for attempt in range(tries):
-        turns = [("eager", eager), ("fused", fused)]
-        for label, model in turns if attempt % 2 == 0 else reversed(turns):
-            taken[label].append(_train(copy.deepcopy(model), data, batch, goal, attempt))
-    base = statistics.median(seconds for seconds, _, _ in taken["eager"])
+        turns = list(trainees.items())
+        for label, trainee in turns if attempt % 2 == 0 else reversed(turns):
+            trainee.model.load_state_dict(start)
+            try:
+                runs[label].append(_train(trainee, data, batch, goal, attempt))
+            except Exception:
+                if label != "compile":  # it wants a compiler of its own, which may be missing
+                    raise
+                del runs[label], trainees[label]
+    base = statistics.median(seconds for seconds, _, _ in runs["eager"])
     result = []
-    for label, runs in taken.items():
-        middle = statistics.median(seconds for seconds, _, _ in runs)
+    for label, taken in runs.items():
+        middle = statistics.median(seconds for seconds, _, _ in taken)
         result.append({
             "data": name, "batch": batch, "goal": f"{goal:.0%}", "contestant": label,
-            "seconds": round(middle, 3), "epochs": statistics.median(e for _, e, _ in runs),
-            "accuracy": f"{statistics.median(a for _, _, a in runs):.1%}",
-            "speed-up": f"{base / middle:.2f}×",
-            "runs": " ".join(f"{seconds:.2f}" for seconds, _, _ in runs),
+            "seconds": round(middle, 3), "speed-up": f"{base / middle:.2f}×",
+            "first run": round(taken[0][0], 3),
+            "epochs": statistics.median(e for _, e, _ in taken),
+            "accuracy": f"{statistics.median(a for _, _, a in taken):.1%}",
+            "all runs": " ".join(f"{seconds:.2f}" for seconds, _, _ in taken),
         })  # fmt: skip
     return result
 
 
+@dataclass
+class _Trainee:
+    """A network and how it is run.
+
+    Attributes:
+        model: holds the parameters.
+        predict: the same network as it is called.
+        stepper: takes an optimizer, returns what trains on one batch.
+    """
+
+    model: nn.Module
+    predict: Callable[[Tensor], Tensor]
+    stepper: Callable[[torch.optim.Optimizer], Callable[[Tensor, Tensor], object]]
+
+
+def _makers() -> dict[str, Callable[[nn.Module], _Trainee]]:
+    def plain(model: nn.Module, predict: Callable[[Tensor], Tensor]) -> _Trainee:
+        return _Trainee(model, predict, lambda optimizer: ordinary_step(predict, optimizer))
+
+    def fused(model: nn.Module) -> _Trainee:
+        fused_mlp.fuse(model)
+        return plain(model, model)
+
+    def train_step(model: nn.Module) -> _Trainee:
+        fused_mlp.fuse(model)
+        make: Any = fused_mlp
+        return _Trainee(model, model, lambda o: make.TrainStep(model, nn.CrossEntropyLoss(), o))
+
+    makers: dict[str, Callable[[nn.Module], _Trainee]] = {
+        "eager": lambda model: plain(model, model),
+        "compile": lambda model: plain(model, torch.compile(model)),
+        "fused": fused,
+    }
+    if hasattr(fused_mlp, "TrainStep"):
+        makers["fused, TrainStep"] = train_step
+    return makers
+
+
+def ordinary_step(
+    model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor, Tensor], object]:
+    """Return the training step everybody writes."""
+
+    def step(features: Tensor, target: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(features), target).backward()
+        optimizer.step()
+
+    return step
+
+
 def _train(
-    model: nn.Module, data: Table, batch: int, goal: float, seed: int
+    trainee: _Trainee, data: Table, batch: int, goal: float, seed: int
 ) -> tuple[float, int, float]:
     """Return seconds, epochs and the accuracy reached."""
     x, y, test_x, test_y = data
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3, fused=True)
+    optimizer = torch.optim.Adam(trainee.model.parameters(), 2e-3, fused=True)
+    step = trainee.stepper(optimizer)
     torch.manual_seed(seed)
     shuffle = torch.Generator().manual_seed(seed)
     accuracy, spent = 0.0, 0.0
@@ -84,16 +144,13 @@ def _train(
         batches = list(zip(x[order].split(batch), y[order].split(batch), strict=True))
         environment.synchronize(x.device)
         start = time.perf_counter()
-        model.train()
+        trainee.model.train()
         for features, target in batches:
-            if len(target) < 2:
-                continue
-            optimizer.zero_grad()
-            F.cross_entropy(model(features), target).backward()
-            optimizer.step()
-        model.eval()
+            if len(target) > 1:  # batch norm needs two rows to train
+                step(features, target)
+        trainee.model.eval()
         with torch.inference_mode():
-            accuracy = float((model(test_x).argmax(1) == test_y).double().mean())
+            accuracy = float((trainee.predict(test_x).argmax(1) == test_y).double().mean())
         spent += time.perf_counter() - start
         if accuracy >= goal or epoch == _MOST_EPOCHS:
             return spent, epoch, accuracy

@@ -21,6 +21,7 @@ from bench import (
     plots,
     results,
     rivals,
+    run,
     tables,
     timing,
     workload,
@@ -76,10 +77,13 @@ def test_ratios_pair_the_rounds() -> None:
 def test_interleave_takes_turns() -> None:
     calls: list[str] = []
     steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    budget = timing.Budget(seconds=0.0, sample=0.0, rounds=(4, 9), warm_up=0.0)
+    budget = timing.Budget(seconds=0.0, sample=0.0, rounds=(4, 9), warm_up=0.0, pause=0.0)
     samples = timing.interleave(steps, budget)
-    assert all(len(s.seconds) == 4 and s.first_call > 0 for s in samples.values())
-    rounds = [calls[i : i + 3] for i in range(6, len(calls), 3)]
+    assert all(len(s.seconds) == 4 for s in samples.values())
+    assert calls[:3] == ["a", "b", "c"]  # the warm-up
+    turns = calls[3::2]  # a call that is not timed comes before each that is
+    assert turns == calls[4::2]
+    rounds = [turns[i : i + 3] for i in range(0, len(turns), 3)]
     assert len(rounds) == 4
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len({tuple(r) for r in rounds}) > 1  # in another order each time
@@ -152,6 +156,8 @@ def test_a_wrong_contestant_is_not_timed() -> None:
     assert rows["fused"].error is not None
     assert rows["eager again"].speed_up is not None
     assert (rows["eager"].ops, rows["eager"].peak_bytes) > (5, 0)
+    assert rows["cheat"].first_call_s is None
+    assert rows["fused"].first_call_s is not None
 
 
 def test_ops_and_bytes_are_counted_once() -> None:
@@ -278,14 +284,14 @@ def test_compare_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_report_is_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = made_up_results()
-    found.environment["load_average"] = 3.0
+    found.environment |= {"load_average": 3.0, "busy_cores": 1.5}
     results.save(found, tmp_path)
     assert main(["report", str(tmp_path)]) == 0
     page = Path(capsys.readouterr().out.strip()).read_text()
     assert page.count("data:image/svg+xml;base64,") == 3  # no overhead was measured
     assert "http" not in page.split("</style>")[1].split("base64,")[0]
     assert "&lt;a &amp; b&gt;" in page  # escaped
-    assert "load average was 3.0" in page
+    assert "1.5 cores busy (load average 3.0)" in page
     assert "2.00×" in page
 
 
@@ -295,14 +301,20 @@ def test_plots_are_drawn_for_what_is_there(tmp_path: Path) -> None:
         "fused": {"python": 3.0, "kernel": 9.0}, "eager": {"forward": 40.0}, "widths": [10, 64, 5],
         "batch": 32, "fused step": 12.0, "eager step": 40.0,
     }  # fmt: skip
+    found.rows.append(
+        dataclasses.replace(found.rows[1], op="normalize", shape="50×4", contestant="fused")
+    )
     names = {path.name for path in plots.save_all(found, tmp_path)}
-    expected = {"speed_up", "roofline", "time_split", "memory"}
+    expected = {"speed_up", "ops", "roofline", "time_split", "memory"}
     assert names == {f"{n}.{s}" for n in expected for s in ("png", "svg")}
     assert plots.save_all(Results({}), tmp_path / "empty") == []
 
 
 def test_docs_are_rewritten_between_their_marks(tmp_path: Path) -> None:
-    results.save(made_up_results(), tmp_path / "main")
+    results.save(made_up_results(), tmp_path / "net-10-train")
+    slow = made_up_results(fused=1e-4)
+    slow.environment["git_revision"] = "abc"
+    results.save(slow, tmp_path / "avx2")
     page = tmp_path / "page.md"
     page.write_text(f"before\n{docs.BEGIN}\nold\n{docs.END}\nafter\n")
     arguments = ["docs", "--no-run", "--folder", str(tmp_path), "--page", str(page)]
@@ -310,10 +322,41 @@ def test_docs_are_rewritten_between_their_marks(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert "| research_net 10,64,32,5 | 32 | train | 100 µs | 50 µs | 2.00× |" in text
+    assert "old\n" not in text
+    assert "| 10,64,32,5 | 32 | train | 100 µs | 50 µs | **2.00×** | – | – | – | 1.00× |" in text
+    assert "revisions `None` (net-10-train); `abc` (avx2)" in text
+    assert (tmp_path / "images" / "speed_up.png").is_file()
     page.write_text("no marks")
     assert main(arguments) == 1
+
+
+def test_docs_measures_the_sections_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(docs.environment, "busy_cores", lambda: 0.0)
+    monkeypatch.setattr(docs, "SECTIONS", {n: docs.SECTIONS[n] for n in ("ops", "avx2", "net-784")})
+    ran = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        name = Path(command[-1]).name.removesuffix(".new")
+        ran.append(name)
+        if name == "net-784":
+            return subprocess.CompletedProcess(command, 1)
+        results.save(made_up_results(), Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(docs.subprocess, "run", run)
+    results.save(made_up_results(), tmp_path / "avx2")
+    page = tmp_path / "page.md"
+    page.write_text(f"{docs.BEGIN}{docs.END}")
+    arguments = ["docs", "--missing", "--folder", str(tmp_path), "--page", str(page)]
+    assert main([*arguments, "--images", str(tmp_path / "images")]) == 1
+    assert ran == ["ops", "net-784"]
+    assert "not measured: net-784" in capsys.readouterr().err
+    assert "Measured" in page.read_text()  # what was measured is written all the same
+    monkeypatch.setattr(docs.environment, "busy_cores", lambda: 1.9)
+    assert main([*arguments, "--images", str(tmp_path / "images")]) == 1
+    assert "1.9 cores busy" in capsys.readouterr().err
 
 
 def test_the_docs_page_has_its_marks() -> None:
@@ -352,6 +395,8 @@ def test_wrong_options_exit_with_2(arguments: list[str]) -> None:
         (["compare", "gone.json", "gone.json"], "cannot read gone.json"),
         (["report", "nowhere"], "cannot read nowhere"),
         (["docs", "--no-run", "--folder", "nowhere"], "there are no results in nowhere"),
+        (["docs", "--only", "nothing"], "--only nothing: choose from net-10-eval"),
+        (["--batch", "1", "--mode", "train"], "batch norm cannot train at batch 1"),
     ],
 )
 def test_errors_are_said_in_a_line(
@@ -379,21 +424,47 @@ def test_absent_packages_are_skipped() -> None:
         patch.setitem(rivals.RIVALS, "absent", absent)
         patch.setattr(rivals, "AGAINST", (*rivals.AGAINST, "absent"))
         chosen, skipped = rivals.choose(["absent", "eager"])
-    assert [rival.name for rival in chosen] == ["eager", "fused"]
+    assert [rival.name for rival in chosen] == ["eager", "fused", "kernel"]
     assert skipped == {"absent": "not installed: no_such_package_at_all"}
 
 
+@pytest.mark.slow  # compiles networks with torch.compile
 def test_smoke_runs_every_path() -> None:
     command = [sys.executable, "-m", "bench", "--smoke"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     for word in ("research_net", "normalize", "linear_relu", "batch_norm_leaky_relu", "engine",
-                 "requests/s", "synthetic", "mean nothing"):  # fmt: skip
+                 "requests/s", "synthetic", "compile-max", "Adam", "mean nothing"):  # fmt: skip
         assert word in done.stdout
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_of_ones_own_network(tmp_path: Path) -> None:
+def test_a_run_of_ones_own_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     arguments = ["--smoke", "--net", "6,5,4", "--batch", "4", "--backend", "reference"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert main(arguments) == 0
     assert not list(tmp_path.iterdir())  # a smoke run leaves nothing
+    assert "mean nothing" in capsys.readouterr().out
+    assert main([*arguments, "--mode", "eval", "--output", "kept"]) == 0
+    found = results.load(Path("kept"))
+    assert {row.mode for row in found.rows} == {"eval"}
+    assert {row.shape for row in found.rows} == {"6,5,4"}
+
+
+def test_what_was_measured_before_an_interruption_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def interrupted(case: cases.Case, *rest: object) -> list[Row]:
+        calls.append(case)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return made_up()
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    arguments = ["--smoke", "--net", "6,5,4", "--batch", "4", "--output", str(tmp_path)]
+    assert main(arguments) == 130
+    assert len(results.load(tmp_path).rows) == len(made_up())

@@ -1,0 +1,80 @@
+"""The raw ops of a network, past modules and autograd: what the kernels take by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_mlp import backends
+from fused_mlp.dropout import draw_seed
+
+from .cases import NETWORK
+from .errors import Unsupported
+from .workload import Workload
+
+KERNELS = torch.ops.fused_mlp_kernels
+
+
+def raw_calls(
+    work: Workload, x: Tensor, grad: Tensor
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return the calls of the forward and of the backward kernel, to be made without gradients.
+
+    Raises:
+        Unsupported: where the network does not run in one op.
+    """
+    layers: Any = getattr(work.fused, "research_layers", ())
+    linears = [m for m in layers if isinstance(m, nn.Linear)]
+    if not linears or not backends.fits(x, [m.weight for m in linears]):
+        raise Unsupported("kernel: the case does not run in one op")
+    norm: Any = next(m for m in layers if isinstance(m, nn.BatchNorm1d))
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    training = work.case.mode == "train"
+    drop = [work.case.dropout * training] * (len(linears) - 2)
+    ends = (training, drop, draw_seed(x.device) if any(drop) else None)
+    run, back = KERNELS.research_net.default, KERNELS.research_net_backward.default
+    buffers = [b.clone() for b in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+
+    def forward() -> Any:
+        return run(x, weights, biases, norm.weight, norm.bias, *buffers, *ends, 0.1, 1e-5, 0.01)
+
+    with torch.no_grad():
+        saved = forward()[1]
+    mask = [False, *([True] * (2 * len(linears) + 2))]
+
+    def backward() -> Any:
+        return back(grad, x, weights, biases, norm.weight, norm.bias, saved, *ends, 0.01, mask)
+
+    return forward, backward
+
+
+def step(work: Workload) -> Callable[[], object]:
+    """Return a call of the kernels alone: forward, and in training backward."""
+    if work.case.op != NETWORK:
+        raise Unsupported("kernel: networks only")
+    forward, backward = raw_calls(work, *work.inputs[0])
+    if work.case.mode == "eval":
+        return forward
+
+    def both() -> None:
+        forward()
+        backward()
+
+    return without_grad(both)
+
+
+def without_grad(call: Callable[[], object]) -> Callable[[], object]:
+    """Return the call under no_grad, entered the cheapest way."""
+
+    def run() -> None:
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            call()
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return run

@@ -1,0 +1,89 @@
+"""Whole training steps: zero_grad, forward, loss, backward and the optimizer, all counted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import fused_mlp
+from fused_mlp.eager import IntelligentResearchNetwork
+
+from . import environment
+from .cases import DROPOUT, NETWORKS, REFERENCE, Widths
+from .tables import seconds, times
+from .timing import SMOKE, Budget, interleave, ratios, spread
+from .training import ordinary_step
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD, momentum": lambda parameters, **how: torch.optim.SGD(
+        parameters, 1e-3, momentum=0.9, **how
+    ),
+    "Adam": lambda parameters, **how: torch.optim.Adam(parameters, 1e-3, **how),
+}
+
+
+def measure(device: torch.device, smoke: bool = False) -> list[dict[str, Any]]:
+    """Return the time of a step by network, batch and optimizer, and its gain over eager.
+
+    Eager and fused run with torch's optimizer as it comes and with ``fused=True``.
+    """
+    cases: list[tuple[Widths, int]] = [(REFERENCE, 32)]
+    if not smoke:
+        cases += [(REFERENCE, 256), (REFERENCE, 4096), (NETWORKS[1], 32), (NETWORKS[1], 256)]
+    budget = SMOKE if smoke else Budget(seconds=2.0)
+    found = []
+    for widths, batch in cases:
+        for name in _OPTIMIZERS:
+            found.append(_race(widths, batch, name, device, budget))
+    return found
+
+
+def _race(
+    widths: Widths, batch: int, optimizer: str, device: torch.device, budget: Budget
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    before, *hidden, classes = widths
+    model = IntelligentResearchNetwork(before, hidden, classes, dropout=DROPOUT, device=device)
+    x = torch.randn(batch, before, device=device)
+    y = torch.randint(classes, (batch,), device=device)
+    steps = {
+        label: _bind(step, x, y) for label, step in _steps(model, _OPTIMIZERS[optimizer]).items()
+    }
+    samples = interleave(steps, budget, lambda: environment.synchronize(device))
+    row: dict[str, Any] = {
+        "network": ",".join(map(str, widths)), "batch": batch, "optimizer": optimizer,
+        "eager": seconds(spread(samples["eager"].seconds).median),
+    }  # fmt: skip
+    for label, taken in samples.items():
+        if label != "eager":
+            gain = ratios(samples["eager"].seconds, taken.seconds).median
+            row[label] = f"{seconds(spread(taken.seconds).median)} ({times(gain)})"
+    return row
+
+
+def _steps(
+    model: nn.Module, make: Callable[..., torch.optim.Optimizer]
+) -> dict[str, Callable[[Any, Any], object]]:
+    found: dict[str, Callable[[Any, Any], object]] = {}
+    for fuse in (False, True):
+        for how in ({}, {"fused": True}):
+            label = "fused" if fuse else "eager"
+            net = copy.deepcopy(model).train()
+            if fuse:
+                fused_mlp.fuse(net)
+            optimizer = make(net.parameters(), **how)
+            found[label + ", fused=True" * bool(how)] = ordinary_step(net, optimizer)
+    package: Any = fused_mlp
+    if hasattr(package, "TrainStep"):
+        net = copy.deepcopy(model).train()
+        fused_mlp.fuse(net)
+        found["TrainStep"] = package.TrainStep(net, nn.CrossEntropyLoss(), make(net.parameters()))
+    return found
+
+
+def _bind(step: Callable[[Any, Any], object], x: Any, y: Any) -> Callable[[], object]:
+    return lambda: step(x, y)
