@@ -2,12 +2,14 @@
 #
 #   TORCH='torch==2.14.1'   the torch to install, as pip takes it
 #   PYTHON=python3.12       the Python that .venv is made from
+#   FUZZ=20000              examples of each property for make fuzz
 #   DEMO='--epochs 5'  PYTEST='-k dropout'  BENCH='--full'   more arguments for each command
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?=
 PYTEST ?=
+FUZZ ?= 20000
 BENCH ?=
 DOCS ?=
 
@@ -18,7 +20,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 READY := $(VENV)/.ready-$(NAME)
 
-.PHONY: demo test bench docs-benchmarks lint format abi-check gpu-check clean distclean help
+.PHONY: demo test bench docs-benchmarks lint format abi-check fuzz asan ubsan tsan gpu-check clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +31,8 @@ help:
 	@echo 'make lint       check style and types (make format mends style)'
 	@echo 'make abi-check  run one wheel under several versions of torch'
 	@echo 'make gpu-check  run the smoke tests on a GPU under compute-sanitizer'
+	@echo 'make fuzz       check FUZZ random calls of every op against float64, and as many wrong ones'
+	@echo 'make asan       run the tests over a CPU library built with a sanitizer (also ubsan, tsan)'
 	@echo 'make clean      remove what was built; make distclean removes .venv as well'
 
 demo: $(READY)
@@ -61,6 +65,18 @@ abi-check: $(READY)
 
 gpu-check: $(READY)
 	$(RUN) scripts/gpu_check.py
+
+fuzz: $(READY)
+	FUSED_MLP_FUZZ=$(FUZZ) $(RUN) -m pytest -m fuzz $(PYTEST)
+
+asan: $(READY)
+	$(RUN) scripts/sanitize.py address $(PYTEST)
+
+ubsan: $(READY)
+	$(RUN) scripts/sanitize.py undefined $(PYTEST)
+
+tsan: $(READY)
+	$(RUN) scripts/sanitize.py thread $(PYTEST)
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

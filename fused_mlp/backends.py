@@ -213,8 +213,35 @@ def _require(name: str) -> None:
 def _implementation(backend: str) -> Callable[[str], Callable[..., Any]]:
     """Return the function that finds a backend's implementation of a raw kernel by name."""
     if backend == "reference":
-        return lambda kernel: getattr(reference, kernel)
+        return _plain_kernel
     return lambda kernel: getattr(_triton_module(kernel), kernel)
+
+
+def _plain_kernel(kernel: str) -> Callable[..., Any]:
+    """Return the reference's kernel, safe from tensors that torch's own operations crash on.
+
+    It is registered for every device and layout; quantized and oneDNN tensors among plain ones end
+    the process inside torch.
+    """
+    function = getattr(reference, kernel)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        for argument in arguments:
+            for tensor in argument if isinstance(argument, list) else (argument,):
+                if isinstance(tensor, Tensor) and not _is_dense(tensor):
+                    raise RuntimeError(
+                        f"{kernel}(): expected dense tensors, but got one of layout "
+                        f"{tensor.layout} and dtype {tensor.dtype}; convert it with .to_dense() or "
+                        ".dequantize()"
+                    )
+        return function(*arguments)
+
+    return call
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
 
 
 def _triton_module(kernel: str) -> ModuleType:

@@ -181,9 +181,9 @@ def batch_norm_leaky_relu(
         mean, centred = _centre(x, dims, False)
         var = centred.square().mean(dims)
         _update_running(mean, var, input, running_mean, running_var, num_batches_tracked, momentum)
+    elif running_mean is None or running_var is None:
+        raise RuntimeError("batch_norm_leaky_relu(): evaluation needs running_mean and running_var")
     else:
-        assert running_mean is not None
-        assert running_var is not None
         mean, var = running_mean.to(x.dtype, copy=True), running_var.to(x.dtype)
     rstd = (var + eps).rsqrt()
     normalized = (x - _per_channel(mean, input)) * _per_channel(rstd, input)

@@ -27,13 +27,15 @@ from support.processes import Processes  # noqa: E402
 
 from fused_mlp import backends  # noqa: E402
 
-# The same examples on every run: a red run is red again on the next machine.
+# The same examples on every run: a red run is red again on the next machine. `make fuzz` asks for
+# a number of new ones.
+_FUZZ = int(os.environ.get("FUSED_MLP_FUZZ", "0"))
 hypothesis.settings.register_profile(
     "fused_mlp",
-    derandomize=True,
+    derandomize=not _FUZZ,
     database=None,
     deadline=None,
-    max_examples=8 if os.environ.get("TRITON_INTERPRET") == "1" else 25,
+    max_examples=_FUZZ or (8 if os.environ.get("TRITON_INTERPRET") == "1" else 25),
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("fused_mlp")

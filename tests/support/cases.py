@@ -126,6 +126,7 @@ def linear_case(
         lambda x, w, b=None: torch.ops.fused_mlp.linear_relu(x, w, b, p, seed_tensor),
         reference,
         reference,
+        roundings=2 if p else 1,
     )
 
 
