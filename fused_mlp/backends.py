@@ -97,15 +97,15 @@ def isa() -> str | None:
 
 
 @functools.cache
-def native_snapshot_check() -> Callable[[Any, Any], bool] | None:
-    """Return the CPU library's ``unchanged`` (modules/snapshot.py), or None without the library."""
+def native_watch() -> Callable[[Any], Callable[..., bool]] | None:
+    """Return the CPU library's ``watch`` (modules/snapshot.py), or None without the library."""
     path = _native("cpu").path
     if path is None:
         return None
-    function = ctypes.PyDLL(path).fused_mlp_unchanged
+    function = ctypes.PyDLL(path).fused_mlp_watch
     function.restype = ctypes.py_object
-    check: Callable[[Any, Any], bool] = function()
-    return check
+    watch: Callable[[Any], Callable[..., bool]] = function()
+    return watch
 
 
 def status() -> list[BackendStatus]:

@@ -367,8 +367,7 @@ def test_evaluation_of_a_synchronized_network_is_prepared_once():
     net = synchronize_batch_norm(make_network("fused")).eval()
     input = batches()[0][0]
     net(input)
-    (step,) = net.research_layers._cache.steps
-    prepared = step.__self__._prepared[False]
+    prepared = net.research_layers._cache.ready[False]
     assert prepared.holds(net.research_layers._modules)
     torch.testing.assert_close(net(input), make_network("eager").eval()(input))
     net.research_layers[4].forward = lambda input: input * 0

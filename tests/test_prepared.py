@@ -33,8 +33,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     taken: list[bool] = []
     run = PreparedNet.run
 
-    def noted(self, modules, input):
-        output = run(self, modules, input)
+    def noted(self, *arguments):
+        output = run(self, *arguments)
         taken.append(output is not None)
         return output
 
@@ -437,6 +437,64 @@ def test_hooks_on_all_modules_run(runs):
     assert runs[-1]
 
 
+@pytest.mark.parametrize("place", ["network", "layers"])
+@pytest.mark.parametrize("change", ["hook", "forward", "compile"])
+def test_changes_to_the_containers_take_effect(runs, place, change):
+    _, fused = ready(False, runs)
+    x = torch.randn(6, 10)
+    expected = fused(x)
+    container = fused if place == "network" else fused.research_layers
+    if change == "hook":
+        container.register_forward_hook(lambda module, args, output: output * 2)
+    elif change == "forward":
+        forward = container.forward
+        container.forward = lambda input: 2 * forward(input)
+    else:
+
+        def doubling(graph, inputs):
+            return lambda *args: tuple(2 * output for output in graph(*args))
+
+        torch.compiler.reset()
+        container.compile(backend=doubling)
+    torch.testing.assert_close(fused(x), 2 * expected)
+
+
+def test_subclass_with_a_forward_of_its_own_runs_it(runs):
+    class Doubled(FusedResearchNet):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    plain = FusedResearchNet(10, [16, 8], 5).eval()
+    net = Doubled(10, [16, 8], 5).eval()
+    net.load_state_dict(plain.state_dict())
+    x = torch.randn(6, 10)
+    for _ in range(3):
+        torch.testing.assert_close(net(x), 2 * plain(x))
+
+
+def test_arguments_by_name_and_wrong_ones_are_as_for_any_module(runs):
+    _, fused = ready(False, runs)
+    x = torch.randn(6, 10)
+    assert torch.equal(fused(input=x), fused(x))
+    for arguments in ((), (x, x)):
+        with pytest.raises(TypeError, match="positional argument"):
+            fused(*arguments)
+
+
+def test_symbolic_trace_keeps_the_network_as_a_module(runs):
+    eager, fused = ready(False, runs)
+
+    class Leaf(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, FusedResearchNet)
+
+    outer = nn.Sequential(fused, nn.Tanh())
+    graph = torch.fx.GraphModule(outer, Leaf().trace(outer))
+    x = torch.randn(6, 10)
+    torch.testing.assert_close(graph(x), eager(x).tanh(), rtol=1e-4, atol=1e-5)
+    assert [node.target for node in graph.graph.nodes][1] == "0"
+
+
 def test_replica_with_a_copied_dictionary_uses_its_own_children(runs):
     _, fused = ready(False, runs)
     layers = fused.research_layers
@@ -542,29 +600,34 @@ def test_snapshot_tells_every_kind_of_change(native):
     children = {"0": nn.Linear(2, 2), "1": nn.ReLU()}
     linear = children["0"]
     read = snapshot.take(children.values(), [(linear.__dict__, ("training",))])
-    compare = snapshot.unchanged
-    if native:
-        compare = backends.native_snapshot_check()
-    assert compare(read, children)
-    assert not compare(read, {**children, "2": nn.ReLU()})
-    assert not compare(read, {"0": linear})
-    assert not compare(read, {"1": children["1"], "0": linear})
-    assert compare(read, {"a": linear, "b": children["1"]}), "names do not matter"
+    unchanged = (backends.native_watch() if native else snapshot.watch)(read)
+    assert unchanged(children)
+    assert not unchanged({**children, "2": nn.ReLU()})
+    assert not unchanged({"0": linear})
+    assert not unchanged({"1": children["1"], "0": linear})
+    assert unchanged({"a": linear, "b": children["1"]}), "names do not matter"
     linear.training = False
-    assert not compare(read, children)
+    assert not unchanged(children)
     linear.training = True
     linear.forward = len
-    assert not compare(read, children)
+    assert not unchanged(children)
     del linear.forward
     handle = linear.register_forward_hook(print)
-    assert not compare(read, children)
+    assert not unchanged(children)
     handle.remove()
     linear.__class__ = _Squared
-    assert not compare(read, children)
+    assert not unchanged(children)
     linear.__class__ = nn.Linear
-    assert compare(read, children)
+    assert unchanged(children)
     del linear.__dict__["training"]
-    assert not compare(read, children)
+    assert not unchanged(children)
     linear.training = True
     linear._forward_hooks = None
-    assert not compare(read, children)
+    assert not unchanged(children)
+    linear._forward_hooks = {}
+    container = nn.Sequential()
+    assert unchanged(children, container.__dict__, linear.__dict__)
+    container.register_full_backward_hook(print)
+    assert unchanged(children)
+    assert not unchanged(children, linear.__dict__, container.__dict__)
+    assert not unchanged(children, {})

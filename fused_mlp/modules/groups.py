@@ -7,7 +7,7 @@ modules stay the single source of truth; nothing of them is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -111,11 +111,15 @@ class BatchNormLeakyReLUGroup:
 
 
 class ResearchNetGroup:
-    """The whole network; where it cannot run at once, its parts run one after the other."""
+    """The whole network; where it cannot run at once, its parts run one after the other.
+
+    Attributes:
+        norm: the ``__dict__`` of the batch norm.
+        ready: by the batch norm's ``training``, the network ready for its next call.
+    """
 
     __slots__ = (
-        "_dicts", "_dropouts", "_fits", "_linears", "_modules", "_norm", "_parts", "_prepared",
-        "_slope",
+        "_dicts", "_dropouts", "_fits", "_linears", "_modules", "_parts", "_slope", "norm", "ready",
     )  # fmt: skip
 
     def __init__(self, run: Run) -> None:
@@ -130,25 +134,15 @@ class ResearchNetGroup:
             before_norm.modules[0].__dict__,
             last.modules[0].__dict__,
         )
-        self._norm = norm.modules[0].__dict__
+        self.norm = norm.modules[0].__dict__
         self._slope = norm.modules[-1].__dict__
         self._fits = attempt.two_fits()
-        # One for a batch norm in training and one for evaluation.
-        self._prepared: dict[bool, PreparedNet] = {}
+        self.ready: dict[bool, PreparedNet] = {}
 
     def run(self, input: Any) -> Any:
-        output = self.run_prepared(self._modules, input)
+        ready = self.ready.get(self.norm["training"])
+        output = None if ready is None else ready.run(input, self._modules)
         return self.run_unprepared(input) if output is None else output
-
-    def run_prepared(self, modules: Mapping[Any, Any], input: Any) -> Tensor | None:
-        """Return the output, or None where something is not what it was at an earlier call.
-
-        Args:
-            modules: the modules of the network by name as they are now.
-            input: anything.
-        """
-        prepared = self._prepared.get(self._norm["training"])
-        return None if prepared is None else prepared.run(modules, input)
 
     def run_unprepared(self, input: Any) -> Any:
         """Return the output, reading everything anew, and make ready for the next call."""
@@ -174,17 +168,17 @@ class ResearchNetGroup:
             dropout[name] if dropout is not None and dropout["training"] else 0.0
             for dropout, name in self._dropouts
         ]
-        state = norm_state(self._norm)
+        state = norm_state(self.norm)
         return weights, biases, state, dropout_p, self._slope["negative_slope"]
 
     def _prepare(self, input: Tensor) -> None:
         """Make ready for more calls like the one that ran."""
-        norm, mode = self._norm, self._norm["training"]
+        norm, mode = self.norm, self.norm["training"]
         # A momentum of None depends on the batches counted so far; whether statistics are shared,
         # on the process groups there are.
         if mode and (norm["momentum"] is None or "forward" in norm or "process_group" in norm):
             return
-        before = self._prepared.get(mode)
+        before = self.ready.get(mode)
         if before is not None and before.holds(self._modules) and before.accept(input):
             return
         read = snapshot.take(self._modules.values(), self._entries())
@@ -197,9 +191,9 @@ class ResearchNetGroup:
             input,
         )  # fmt: skip
         if before is not None:  # what is ready for the other mode may be as old
-            self._prepared = {}
+            self.ready.clear()
         if fresh.holds(self._modules):  # another thread may have changed something meanwhile
-            self._prepared[mode] = fresh
+            self.ready[mode] = fresh
 
     def _entries(self) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
         """Yield dictionaries and the keys of all that a call reads from them."""
@@ -209,7 +203,7 @@ class ResearchNetGroup:
         for dropout, name in self._dropouts:
             if dropout is not None:
                 yield dropout, (name, "training")
-        norm = self._norm
+        norm = self.norm
         yield norm, ("training", "momentum", "eps", "track_running_stats", "_parameters",
                      "_buffers")  # fmt: skip
         if "forward" in norm:  # synchronized, which changes nothing in evaluation

@@ -8,7 +8,7 @@ over it and other processes change them without a trace in any version counter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,16 @@ from ..ops.research_net import apply_checked
 from . import snapshot
 from .fit import Check, make_check
 
+
+def _bound(op: Any) -> Callable[..., Any]:
+    """Return what an op's ``__call__`` calls; a Python frame is 0.2 us."""
+    return getattr(op, "_op", op)
+
+
 _prepare = torch.ops.fused_mlp_kernels.research_net_prepare.default
 _forward = torch.ops.fused_mlp_kernels.research_net_prepared.default
-_evaluate = torch.ops.fused_mlp_kernels.research_net_evaluate.default
+_evaluate = _bound(torch.ops.fused_mlp_kernels.research_net_evaluate.default)
+_is_grad_enabled = torch.is_grad_enabled
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _MAX_CHECKS = 4
 _OURS = "fused_mlp: "  # what the errors of the CPU library begin with
@@ -62,7 +69,7 @@ class PreparedNet:
     def __init__(self, read: snapshot.Snapshot, arguments: Sequence[Any], input: Tensor) -> None:
         weights, biases, bn_weight, bn_bias, *buffers, training, dropout_p = arguments[:9]
         self._snapshot = read
-        self._unchanged = backends.native_snapshot_check() or snapshot.unchanged
+        self._unchanged = (backends.native_watch() or snapshot.watch)(read)
         self._handle: Tensor = _prepare(*arguments)
         self._parameters = (*weights, *biases, bn_weight, bn_bias)
         self._buffers = tuple(buffer for buffer in buffers if buffer is not None)
@@ -81,16 +88,19 @@ class PreparedNet:
 
     def holds(self, modules: Mapping[Any, Any]) -> bool:
         """Return whether the modules are what they were."""
-        return self._unchanged(self._snapshot, modules)
+        return self._unchanged(modules)
 
-    def run(self, modules: Mapping[Any, Any], input: Any) -> Tensor | None:
+    def run(
+        self, input: Any, modules: Mapping[Any, Any], *containers: dict[str, Any]
+    ) -> Tensor | None:
         """Return the output, or None where the modules or the input are not what they were.
 
         Args:
-            modules: the ``_modules`` of the container as they are now.
             input: anything.
+            modules: the ``_modules`` of the container as they are now.
+            containers: the ``__dict__`` of modules around the network whose hooks would not run.
         """
-        if forward_ad._current_level >= 0 or not self._unchanged(self._snapshot, modules):
+        if forward_ad._current_level >= 0 or not self._unchanged(modules, *containers):
             return None
         for check in self._checks:
             if check(input):
@@ -98,7 +108,7 @@ class PreparedNet:
         else:
             return None
         try:
-            if torch.is_grad_enabled() and grad_needed(input, *self._parameters):
+            if _is_grad_enabled() and grad_needed(input, *self._parameters):
                 if _saved_tensor_hooks(True) is not None:  # checkpointing; see can_prepare
                     return None
                 output = apply_checked(

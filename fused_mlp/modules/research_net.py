@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .groups import runs_as_written
 from .sequential import FusedSequential
 
 
@@ -66,15 +65,18 @@ class FusedResearchNet(nn.Module):
         ]
         self.research_layers = FusedSequential(*layers)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Where hooks, overrides and tracers have no say, past the frames of nn.Module: 0.7 us. Both
+        # containers are looked at as nn.Module.__call__ would look at them.
+        if len(args) == 1 and not kwargs and type(self) is FusedResearchNet and not is_compiling():
+            layers = self._modules.get("research_layers")
+            if type(layers) is FusedSequential:
+                output = layers._run_ready(args[0], self.__dict__, layers.__dict__)
+                if output is not None:
+                    return output
+        return super().__call__(*args, **kwargs)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the output of shape (N, output_dimensions) for input (N, input_dimensions)."""
-        if is_compiling():
-            output: Tensor = self.research_layers(input)
-            return output
-        # Past nn.Module's __getattr__ and, without hooks, its __call__: a microsecond each.
-        layers: Any = self._modules["research_layers"]
-        if type(layers) is FusedSequential and runs_as_written((layers.__dict__,)):
-            output = layers._run_planned(input)
-        else:
-            output = layers(input)
+        output: Tensor = self.research_layers(input)
         return output

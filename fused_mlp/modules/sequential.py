@@ -4,31 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import tracing
 from .cache import CachingModule
 from .groups import ResearchNetGroup, Step, make_step
 from .patterns import BATCH_NORM_LEAKY_RELU, LINEAR_RELU, RESEARCH_NET, Run, find_runs
+from .prepared import PreparedNet
 
 
 class _Plan:
     """How a sequence of modules runs: the steps, and the modules they were worked out for."""
 
-    __slots__ = ("kinds", "modules", "steps", "whole")
+    __slots__ = ("kinds", "modules", "norm", "ready", "steps")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         # A module's class changes when it is parametrized, or a lazy one gets its first input.
         self.kinds = [*map(type, modules)]
         runs = find_runs(modules)
-        # The group that holds all modules, where they are one network.
-        self.whole: ResearchNetGroup | None = None
         self.steps: tuple[Step, ...]
+        # Of the one network that all modules make, if they do: its batch norm's ``__dict__``, and
+        # what is ready in which mode of it.
+        self.norm: dict[str, Any] = {"training": None}
+        self.ready: dict[bool, PreparedNet] = {}
         if len(runs) == 1 and runs[0].op == RESEARCH_NET:
-            self.whole = ResearchNetGroup(runs[0])
-            self.steps = (self.whole.run_unprepared,)
+            whole = ResearchNetGroup(runs[0])
+            self.norm, self.ready = whole.norm, whole.ready
+            self.steps = (whole.run_unprepared,)
         else:
             self.steps = tuple(make_step(run) for run in runs)
 
@@ -52,12 +56,27 @@ class FusedSequential(CachingModule, nn.Sequential):
             return _run_traced(list(self._modules.values()), input)
         return self._run_planned(input)
 
-    def _run_planned(self, input: Any) -> Any:
+    def _run_ready(self, input: Any, *containers: dict[str, Any]) -> Tensor | None:
+        """Return the output where all is as it was at an earlier call; else None.
+
+        Args:
+            input: anything.
+            containers: as :meth:`PreparedNet.run` takes them.
+        """
         plan = self.__dict__.get("_cache")
-        if plan is not None and plan.whole is not None:
-            output = plan.whole.run_prepared(self._modules, input)
-            if output is not None:
-                return output
+        if plan is None:
+            return None
+        ready = plan.ready.get(plan.norm["training"])
+        if ready is None:
+            return None
+        output: Tensor | None = ready.run(input, self._modules, *containers)
+        return output
+
+    def _run_planned(self, input: Any) -> Any:
+        output = self._run_ready(input)
+        if output is not None:
+            return output
+        plan = self.__dict__.get("_cache")
         modules = [*self._modules.values()]
         if plan is None or plan.modules != modules or plan.kinds != [*map(type, modules)]:
             plan = _Plan(modules)

@@ -36,8 +36,8 @@ struct Right {
   int64_t stride, panel;
 };
 
-// What a product starts from: zero, a row of biases, or what the result holds.
-enum class Start { kZero, kBias, kAccumulate };
+// What a product starts from: zero, a bias a column, a bias a row, or what the result holds.
+enum class Start { kZero, kBias, kRowBias, kAccumulate };
 
 // The leading dimension of a block of `columns`: whole panels, then one more vector so that rows
 // of a power-of-two length do not all fall into the same cache sets.
@@ -70,9 +70,10 @@ inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, i
   Vec<T> sum[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = start == Start::kZero   ? Vec<T>{}
-                  : start == Start::kBias ? load_raw(bias + j * kWidth)
-                                          : load_raw(c + i * c_stride + j * kWidth);
+      sum[i][j] = start == Start::kZero      ? Vec<T>{}
+                  : start == Start::kBias    ? load_raw(bias + j * kWidth)
+                  : start == Start::kRowBias ? splat<T>(bias[i])
+                                             : load_raw(c + i * c_stride + j * kWidth);
     }
   }
   const T* a_k = a.data;
@@ -110,7 +111,8 @@ FUSED_MLP_INLINE void tile_of(int rows, int vectors, int64_t depth, Left<T> a, c
 }
 
 // c[rows, columns] = start + a[rows, depth] @ b[depth, columns], then max(., 0) if `rectify`.
-// Writes whole vectors: c needs `padded` rows, and bias whole panels. Defined in gemm.cpp.
+// Writes whole vectors: c needs `padded` rows, and a bias a column whole panels. Defined in
+// gemm.cpp.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
               int64_t c_stride, Start start, const T* bias = nullptr, bool rectify = false);

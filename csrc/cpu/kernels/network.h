@@ -159,4 +159,8 @@ struct Block {
   }
 };
 
+// The whole network with constant statistics (research_net_evaluate.cpp).
+template <class S>
+void evaluate(const ResearchNet& op);
+
 }  // namespace fused_mlp::FUSED_MLP_ISA

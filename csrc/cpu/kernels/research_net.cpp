@@ -1,6 +1,6 @@
-// The whole network, a block of rows at a time: a block walks through all layers while it lies in
-// the cache. Evaluation is one pass over the rows. Training is two, split where the batch norm
-// needs the statistics of all rows; what it saw is kept, everything narrow is computed again.
+// The whole network in training, a block of rows at a time: a block walks through all layers while
+// it lies in the cache. There are two passes, split where the batch norm needs the statistics of
+// all rows; what it saw is kept, everything narrow is computed again.
 
 #include "cpu/kernels/moments.h"
 #include "cpu/kernels/network.h"
@@ -30,15 +30,6 @@ void walk_hidden(const Shape<Compute<S>>& shape, const Forward<Compute<S>>& net,
   }
 }
 
-template <class T>
-void leaky_rows(int64_t rows, int64_t columns, Vec<T> slope, T* block, int64_t stride) {
-  for (int64_t row = 0; row < rows; ++row, block += stride) {
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      store_raw(block + c, leaky_relu<T>(load_raw(block + c), slope));
-    }
-  }
-}
-
 // The last layer, from a block of activations to the rows of the result.
 template <class S>
 void write_output(const Shape<Compute<S>>& shape, const Forward<Compute<S>>& net, int64_t first,
@@ -55,37 +46,6 @@ template <class T>
 Affine<T> take_affine(Arena& arena, int64_t room) {
   const auto take = [&] { return arena.take<T>(room); };
   return {take(), take(), take()};
-}
-
-// The statistics are constants here, so the batch norm goes into the weights of the layer before.
-template <class S>
-void evaluate(const ResearchNet& op) {
-  using T = Compute<S>;
-  const Shape<T> shape(op);
-  const int64_t room = round_up(shape.channels, kPanel<T>);
-  Arena arena(Scratch::kCall, Forward<T>::bytes(op) + 5 * Arena::bytes<T>(room));
-  const Affine<T> affine = take_affine<T>(arena, room);
-  T* own_mean = arena.take<T>(2 * room);
-  T* mean = op.saved ? shape.mean() : own_mean;
-  T* rstd = mean + shape.channels;
-  running_statistics<T>(op, shape.channels, mean, rstd);
-  make_affine<T>(mean, rstd, op.bn_weight, op.bn_bias, shape.channels, room, affine);
-  Forward<T> net;
-  net.template pack<S>(op, 0, op.layers, &affine, arena);
-  const Vec<T> slope = splat(static_cast<T>(op.negative_slope));
-  for_row_blocks(op.rows, shape.work, [&](int64_t first, int64_t rows) {
-    Arena own(Scratch::kTask, Block<S>::bytes(op, rows) + 2 * Arena::bytes<T>(rows * shape.widest));
-    Block<S> block(op, rows, own);
-    T* z = own.take<T>(rows * shape.widest);
-    T* result = own.take<T>(rows * shape.widest);
-    const Left<T> in = block.input_rows(op, first, rows);
-    walk_hidden<S>(shape, net, in, first, rows, block);
-    const int64_t stride = padded<T>(shape.channels);
-    net.multiply_layer(op, op.layers - 2, rows, block.before(op, op.layers - 2, in), z, stride,
-                       false);
-    leaky_rows<T>(rows, shape.channels, slope, z, stride);
-    write_output<S>(shape, net, first, rows, z, result);
-  });
 }
 
 template <class S>

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -192,19 +192,46 @@ FUSED_MLP_INLINE void store(S* p, Vec<Compute<S>> v) {
   }
 }
 
-// The first `count` (fewer than a vector's) elements; the other lanes are `fill`. Out of line, as
-// is store_some: inlined into every loop's tail they made the library four times as slow to
+// The first `count` (fewer than a vector's) elements; the other lanes are `fill`. One masked
+// instruction on AVX-512, a quarter of a 5-column gradient's copy by lanes. Elsewhere out of line,
+// as is store_some: inlined into every loop's tail they made the library four times as slow to
 // compile.
 template <class S>
-__attribute__((noinline)) Vec<Compute<S>> load_some(const S* p, int count, Compute<S> fill = 0) {
+__attribute__((noinline)) Vec<Compute<S>> load_lanes(const S* p, int count, Compute<S> fill) {
   Vec<Compute<S>> v = splat<Compute<S>>(fill);
   for (int i = 0; i < count; ++i) v[i] = widen(p[i]);
   return v;
 }
 
 template <class S>
-__attribute__((noinline)) void store_some(S* p, Vec<Compute<S>> v, int count) {
+__attribute__((noinline)) void store_lanes(S* p, Vec<Compute<S>> v, int count) {
   for (int i = 0; i < count; ++i) p[i] = narrow<S>(v[i]);
+}
+
+template <class S>
+FUSED_MLP_INLINE Vec<Compute<S>> load_some(const S* p, int count, Compute<S> fill = 0) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    return (Vec<float>)_mm512_mask_loadu_ps((__m512)splat(fill),
+                                            static_cast<__mmask16>((1u << count) - 1), p);
+  } else if constexpr (std::is_same_v<S, double>) {
+    return (Vec<double>)_mm512_mask_loadu_pd((__m512d)splat(fill),
+                                             static_cast<__mmask8>((1u << count) - 1), p);
+  }
+#endif
+  return load_lanes(p, count, fill);
+}
+
+template <class S>
+FUSED_MLP_INLINE void store_some(S* p, Vec<Compute<S>> v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+  } else if constexpr (std::is_same_v<S, double>) {
+    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), (__m512d)v);
+  }
+#endif
+  store_lanes(p, v, count);
 }
 
 // ------------------------------------------------------------------------------ arithmetic
