@@ -25,6 +25,10 @@ KERNELS = torch.ops.fused_mlp_kernels
         ((5, 7, 11), [1]),
         ((5, 7, 12), [0]),
         ((9, 33), [1]),
+        ((301, 4), [1]),
+        ((45, 32), [1]),
+        ((3, 700), [1]),
+        ((37, 3, 5), [0, 2]),
         ((3, 1), [0]),
         ((2, 300, 64), [1]),
     ],
@@ -148,12 +152,14 @@ def test_same_bits_in_any_block_order(simulate: Callable[..., Simulator]) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("op", "shape", "launches"),
+    ("op", "shape", "launches", "coalesced"),
     [
-        ("normalize", (1024, 64), 2),
-        ("normalize columns", (4096, 16), 2),
-        ("batch norm", (4096, 16), 2),
-        ("batch norm", (512, 64), 1),
+        ("normalize", (1024, 64), 2, 0.99),
+        ("normalize columns", (4096, 16), 2, 0.99),
+        ("batch norm", (4096, 16), 2, 0.99),
+        ("batch norm", (512, 64), 1, 0.99),
+        # of each short row: its first number by itself, and two statistics
+        ("normalize rows", (1000, 32), 1, 0.85),
     ],
 )
 def test_traffic(
@@ -161,6 +167,7 @@ def test_traffic(
     op: str,
     shape: tuple[int, int],
     launches: int,
+    coalesced: float,
     dtype: torch.dtype,
 ) -> None:
     """A launch reads x, and backward g, once; the result is written once."""
@@ -169,29 +176,29 @@ def test_traffic(
     with simulator.running():
         if op == "batch norm":
             w = torch.ones(shape[1]).to(dtype)
-            _, mean, rstd = KERNELS.batch_norm_leaky_relu(
+            _, mean, std = KERNELS.batch_norm_leaky_relu(
                 x, None, None, None, w, w, True, 0.1, 1e-5, 0.01
             )
             KERNELS.batch_norm_leaky_relu_backward(
-                g, x, w, w, mean, rstd, True, 0.01, [True, True, True]
+                g, x, w, w, mean, std, True, 0.01, [True, True, True]
             )
         else:
-            dim = None if op == "normalize" else [0]
+            dim = {"normalize": None, "normalize columns": [0], "normalize rows": [1]}[op]
             _, mean, std = KERNELS.normalize(x, dim, 1.0, 0.0)
             KERNELS.normalize_backward(g, x, mean, std, dim, 1.0, 0.0)
-    size = x.numel() * x.element_size()
+    size, statistics = x.numel() * x.element_size(), 2 * mean.numel() * 4
     stats = [record.stats for record in simulator.records]
     assert len(stats) == 2 * launches
     forward, backward = stats[:launches], stats[launches:]
-    # Besides x: parameters, statistics and partial statistics, which are small.
+    # Besides these: parameters and partial statistics, which are small.
     assert sum(s.dram_read_bytes for s in forward) <= 1.05 * launches * size
-    assert sum(s.dram_write_bytes for s in forward) <= 1.05 * size
-    assert sum(s.dram_read_bytes for s in backward) <= 1.05 * launches * 2 * size
+    assert sum(s.dram_write_bytes for s in forward) <= 1.05 * (size + statistics)
+    assert sum(s.dram_read_bytes for s in backward) <= 1.05 * launches * (2 * size + statistics)
     assert sum(s.dram_write_bytes for s in backward) <= 1.05 * size
     for s in stats:
         assert s.atomics == 0
-        assert s.load_efficiency >= 0.99
-        assert s.store_efficiency >= 0.99 or s.store_bytes < size / 10  # a few partial sums
+        assert s.load_efficiency >= coalesced
+        assert s.store_efficiency >= coalesced or s.store_bytes < size / 10  # a few partial sums
         assert s.shared_wavefronts <= 1.1 * s.shared_ideal_wavefronts
 
 
@@ -213,5 +220,7 @@ def test_tall_and_wide_fill_the_gpu(
         KERNELS.normalize(x, [0], 1.0, 0.0)
         KERNELS.batch_norm_leaky_relu(x, None, None, None, None, None, True, 0.1, 1e-5, 0.01)
         KERNELS.normalize(x, None, 1.0, 0.0)
-    assert len(launches) == (4 if shape[0] == 64 else 6)
-    assert all(launch.grid[0] >= 0.95 * 132 for launch in launches)
+        if shape[0] > 64:  # else a block takes a row of 4096, in one launch
+            KERNELS.normalize(x, [1], 1.0, 0.0)
+    assert len(launches) == (4 if shape[0] == 64 else 7)
+    assert all(launch.grid[0] >= 0.95 * 132 and launch.threads == 256 for launch in launches)

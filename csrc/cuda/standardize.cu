@@ -48,7 +48,7 @@ namespace {
 constexpr int64_t kOneLaunchBytes = 64 * 1024;
 constexpr int64_t kLeastChunkBytes = 4 * 1024;  // one 16-byte pack a thread
 constexpr int kBlocksPerMultiprocessor = 2;
-constexpr int64_t kShortRow = 512;  // elements a warp handles alone
+constexpr int64_t kShortRow = 512;  // elements that a warp or a part of it handles alone
 
 using StandardizeKernel = Kernel<StandardizeParameters>;
 
@@ -150,11 +150,19 @@ StandardizePlan plan_standardize(DType dtype, bool columns, const StandardizePar
     length = p.middle;
     bytes = length * plan.lanes * per_lane * size;
   } else {
-    plan.lanes = 1;
     base = p.outer;
     length = p.middle * p.inner;
     bytes = length * size;
-    plan.threads = length <= kShortRow ? 32 : standardize::kThreads;
+    plan.threads = plan.lanes = standardize::kThreads;
+    if (length <= kShortRow) {
+      const bool packs = p.middle == 1 && p.inner % width == 0 && aligned(p.x, p.x_outer, 0, width);
+      plan.lanes = 1;
+      while (plan.lanes < 32 && plan.lanes * (packs ? width : 1) < length) plan.lanes *= 2;
+      // Blocks of fewer warps where there would be too few for every multiprocessor.
+      while (plan.threads > 32 &&
+             divide_up(base * plan.lanes, plan.threads) < device.multiprocessors)
+        plan.threads /= 2;
+    }
   }
   int64_t chunks = 1;
   if (bytes > kOneLaunchBytes && base < device.multiprocessors)
@@ -162,7 +170,8 @@ StandardizePlan plan_standardize(DType dtype, bool columns, const StandardizePar
   plan.per_chunk = divide_up(length, chunks);
   if (!columns && plan.per_chunk % width) plan.per_chunk += width - plan.per_chunk % width;
   plan.chunks = static_cast<int32_t>(divide_up(length, plan.per_chunk));
-  plan.blocks = base * plan.chunks;
+  plan.blocks =
+      columns ? base * plan.chunks : divide_up(base * plan.chunks * plan.lanes, plan.threads);
   const int64_t groups = columns ? p.outer * p.inner : p.outer;
   plan.workspace_bytes = plan.chunks > 1 ? 3 * plan.chunks * groups * accumulator_size(dtype) : 0;
   return plan;

@@ -23,15 +23,26 @@ FUSED_MLP_DEVICE Sums<A> merge(const Sums<A>& a, const Sums<A>& b) {
 }
 using fused_mlp::cuda::merge;
 
+// Of the thread `by` further on, and of the first, within parts of a warp of `width` threads.
 template <class A>
-FUSED_MLP_DEVICE Moments<A> shuffle_down(const Moments<A>& m, int by) {
-  return {__shfl_down_sync(~0u, m.count, by), __shfl_down_sync(~0u, m.mean, by),
-          __shfl_down_sync(~0u, m.m2, by)};
+FUSED_MLP_DEVICE Moments<A> shuffle_down(const Moments<A>& m, int by, int width) {
+  return {__shfl_down_sync(~0u, m.count, by, width), __shfl_down_sync(~0u, m.mean, by, width),
+          __shfl_down_sync(~0u, m.m2, by, width)};
 }
 template <class A>
-FUSED_MLP_DEVICE Sums<A> shuffle_down(const Sums<A>& s, int by) {
-  return {__shfl_down_sync(~0u, s.du, by), __shfl_down_sync(~0u, s.du_x, by),
-          __shfl_down_sync(~0u, s.x, by)};
+FUSED_MLP_DEVICE Sums<A> shuffle_down(const Sums<A>& s, int by, int width) {
+  return {__shfl_down_sync(~0u, s.du, by, width), __shfl_down_sync(~0u, s.du_x, by, width),
+          __shfl_down_sync(~0u, s.x, by, width)};
+}
+template <class A>
+FUSED_MLP_DEVICE Moments<A> shuffle_from_first(const Moments<A>& m, int width) {
+  return {__shfl_sync(~0u, m.count, 0, width), __shfl_sync(~0u, m.mean, 0, width),
+          __shfl_sync(~0u, m.m2, 0, width)};
+}
+template <class A>
+FUSED_MLP_DEVICE Sums<A> shuffle_from_first(const Sums<A>& s, int width) {
+  return {__shfl_sync(~0u, s.du, 0, width), __shfl_sync(~0u, s.du_x, 0, width),
+          __shfl_sync(~0u, s.x, 0, width)};
 }
 
 // Partial results: two or three arrays, indexed by chunk and group so that readers coalesce.

@@ -45,7 +45,7 @@ struct StandardizeParameters {
   int64_t outer, middle, inner;
   int64_t per_chunk;  // rows layout: elements of a group in a chunk; columns: rows
   double eps, correction, momentum, slope;
-  int32_t chunks, lanes, phase, flags;
+  int32_t chunks, lanes, phase, flags;  // lanes: threads that share a row of columns, or a group
   int32_t vectors;  // columns: every row of every tensor starts at a multiple of 16 bytes
   int32_t padding;
 };

@@ -1,5 +1,6 @@
-// Standardising groups that are contiguous, whole or in segments: each block walks one group or a
-// chunk of it, 16 bytes a thread where x is aligned, with single elements before and after.
+// Standardising groups that are contiguous, whole or in segments: a block walks one group or a
+// chunk of it, or each of its warps, or of their parts, a short group of its own. 16 bytes a thread
+// where x is aligned, with single elements before and after.
 #pragma once
 
 #include "standardize.cuh"
@@ -8,21 +9,32 @@ namespace fused_mlp::cuda::standardize {
 
 template <class T>
 struct RowBlock {
+  int lanes, thread;  // how many threads share the group, and which of them this is
   int64_t chunk, group, first, last;
+  bool leads;  // whether the thread writes for its group
 
   FUSED_MLP_DEVICE explicit RowBlock(const StandardizeParameters& p) {
-    chunk = blockIdx.x % p.chunks;
-    group = blockIdx.x / p.chunks;
+    lanes = p.lanes;
+    thread = threadIdx.x % lanes;
+    const int64_t k = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
+    chunk = k % p.chunks;
+    group = k / p.chunks;
     const int64_t count = p.middle * p.inner;
     first = chunk * p.per_chunk;
     last = first + p.per_chunk < count ? first + p.per_chunk : count;
+    leads = thread == 0;
+    if (group >= p.outer) {  // threads left over: they only take part in shuffles
+      group = p.outer - 1;
+      last = first;
+      leads = false;
+    }
   }
 
   // Calls body.template visit<V, K>(segment, i, step) for K packs of V elements at i, i + step, …
   template <class Body>
   FUSED_MLP_DEVICE void walk(const StandardizeParameters& p, const T* x, Body& body) const {
     constexpr int V = kPackWidth<T>;
-    const int threads = blockDim.x, thread = threadIdx.x;
+    const int threads = lanes;
     if (p.inner < 2 * V * 32 && p.middle > 1) {  // short segments: element by element
       for (int64_t k = first + thread; k < last; k += threads)
         body.template visit<1, 1>(k / p.inner, k % p.inner, 0);
@@ -47,15 +59,17 @@ struct RowBlock {
     }
   }
 
-  // Every thread ends with the block's statistic.
+  // Every thread ends with its group's statistic.
   template <class S>
   FUSED_MLP_DEVICE S merge_threads(S s) const {
     __shared__ S shared[kThreads / 32];
-    for (int by = 16; by > 0; by /= 2) s = merge(s, shuffle_down(s, by));
+    const int width = lanes < 32 ? lanes : 32;
+    for (int by = width / 2; by > 0; by /= 2) s = merge(s, shuffle_down(s, by, width));
+    if (lanes <= 32) return shuffle_from_first(s, width);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = s;
     __syncthreads();
     s = shared[0];
-    for (int warp = 1; warp < blockDim.x / 32; ++warp) s = merge(s, shared[warp]);
+    for (int warp = 1; warp < lanes / 32; ++warp) s = merge(s, shared[warp]);
     return s;
   }
 
@@ -63,7 +77,7 @@ struct RowBlock {
   FUSED_MLP_DEVICE S merge_partials(const StandardizeParameters& p) const {
     const int64_t count = p.middle * p.inner;
     S s = {};
-    for (int64_t k = threadIdx.x; k < p.chunks; k += blockDim.x) {
+    for (int64_t k = thread; k < p.chunks; k += lanes) {
       const int64_t begin = k * p.per_chunk;
       S other;
       load_partial(p, group * p.chunks + k, p.outer * p.chunks,
@@ -214,15 +228,14 @@ FUSED_MLP_DEVICE void rows_forward(const StandardizeParameters& p) {
     at.walk(p, x, measure);
     m = at.merge_threads(measure.m);
     if (!(p.phase & kApply)) {
-      if (threadIdx.x == 0) store_partial(p, at.group * p.chunks + at.chunk, p.outer * p.chunks, m);
+      if (at.leads) store_partial(p, at.group * p.chunks + at.chunk, p.outer * p.chunks, m);
       return;
     }
   } else if (!(p.flags & kGivenStatistics)) {
     m = at.template merge_partials<Moments<A>>(p);
   }
-  ApplyRows<T> apply = {
-      p, x, static_cast<T*>(p.y) + at.group * p.y_outer,
-      finish_forward<T>(p, at.group, origin, m, at.chunk == 0 && threadIdx.x == 0)};
+  ApplyRows<T> apply = {p, x, static_cast<T*>(p.y) + at.group * p.y_outer,
+                        finish_forward<T>(p, at.group, origin, m, at.chunk == 0 && at.leads)};
   at.walk(p, x, apply);
 }
 
@@ -239,14 +252,14 @@ FUSED_MLP_DEVICE void rows_backward(const StandardizeParameters& p) {
     at.walk(p, x, measure);
     s = at.merge_threads(measure.s);
     if (!(p.phase & kApply)) {
-      if (threadIdx.x == 0) store_partial(p, at.group * p.chunks + at.chunk, p.outer * p.chunks, s);
+      if (at.leads) store_partial(p, at.group * p.chunks + at.chunk, p.outer * p.chunks, s);
       return;
     }
   } else if (p.partials) {
     s = at.template merge_partials<Sums<A>>(p);
   }
   gradient = finish_backward<T>(p, at.group, p.middle * p.inner, gradient.forward, s,
-                                at.chunk == 0 && threadIdx.x == 0);
+                                at.chunk == 0 && at.leads);
   if (!p.y) return;
   ApplyRowsBackward<T> apply = {p, x, g, static_cast<T*>(p.y) + at.group * p.y_outer, gradient};
   at.walk(p, x, apply);
