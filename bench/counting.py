@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,37 +13,63 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# They make another tensor over the same memory: no work.
+# They make another tensor over the same memory, or one that nobody has written: no work.
 _VIEWS = ("view", "t", "transpose", "expand", "detach", "alias", "_unsafe_view", "unsqueeze",
-          "squeeze", "permute", "slice", "select", "as_strided")  # fmt: skip
+          "squeeze", "permute", "slice", "select", "as_strided", "empty",
+          "empty_like", "new_empty", "empty_strided")  # fmt: skip
+_PRODUCTS = {"mm": 0, "linear": 0, "addmm": 1}  # which argument's last dimension is summed over
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of a step: its name, the bytes it reads and writes, and its operations."""
+
+    name: str
+    bytes: int
+    flops: int
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts the ops that move data, and the bytes of what they read and write."""
+    """Lists the ops that move data, with the bytes of what they read and write.
+
+    A product counts two operations for each pair it multiplies, other ops one for each element
+    of their largest tensor.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops = 0
-        self.bytes = 0
+        self.ops: list[Op] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ not in _VIEWS:
-            self.ops += 1
-            for leaf in (*tree_leaves((args, kwargs)), *tree_leaves(out)):
-                if isinstance(leaf, Tensor):
-                    held = leaf.untyped_storage().nbytes()  # less, where a tensor is expanded
-                    self.bytes += min(held, leaf.numel() * leaf.element_size())
+        name = func.overloadpacket.__name__
+        if name not in _VIEWS:
+            moved = 0
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            for tensor in (*inputs, *outputs):
+                held = tensor.untyped_storage().nbytes()  # less, where a tensor is expanded
+                moved += min(held, tensor.numel() * tensor.element_size())
+            flops = max((t.numel() for t in (*inputs, *outputs)), default=0)
+            if name in _PRODUCTS:
+                flops = 2 * outputs[0].numel() * inputs[_PRODUCTS[name]].shape[-1]
+            self.ops.append(Op(name, moved, flops))
         return out
 
 
-def count_ops(step: Callable[[], object]) -> tuple[int, int]:
-    """Return (ops, bytes) of a plain PyTorch step. Fused modules would step aside for this."""
+def list_ops(step: Callable[[], object]) -> list[Op]:
+    """Return the ops of a plain PyTorch step. Fused modules would step aside for this."""
     with OpCounter() as counter:
         step()
-    return counter.ops, counter.bytes
+    return counter.ops
+
+
+def count_ops(step: Callable[[], object]) -> tuple[int, int]:
+    """Return how many ops a plain PyTorch step takes, and the bytes they move."""
+    ops = list_ops(step)
+    return len(ops), sum(op.bytes for op in ops)
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:

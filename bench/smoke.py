@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import compare, docs, plots, report, results
+from . import compare, docs, gpu_command, plots, report, results
 from .cases import NETWORK, Case
 from .errors import BenchError
 from .results import Results
@@ -22,7 +23,7 @@ def rivals_at(case: Case, rivals: Sequence[Rival]) -> Sequence[Rival]:
 
 
 def write_and_read(found: Results, folder: Path) -> None:
-    """Write every file there is and read it again, compare, render.
+    """Write every file there is and read it again, compare, render, simulate.
 
     Raises:
         BenchError: when a file is missing or says something else.
@@ -39,3 +40,5 @@ def write_and_read(found: Results, folder: Path) -> None:
         documentation = folder / "page.md"
         documentation.write_text(f"{docs.BEGIN}\n{docs.END}\n", encoding="utf-8")
         docs.write({"smoke": again}, documentation)
+        if importlib.util.find_spec("triton") is not None:
+            gpu_command.main(["--only", "steps", "--chip", "sm_90", "--op", "normalize"])
