@@ -104,7 +104,7 @@ def _memory_events(step: Callable[[], object]) -> list[int]:
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]
-    with _quiet(), profile(activities=activities, profile_memory=True) as profiler:
+    with silent(), profile(activities=activities, profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
@@ -112,8 +112,8 @@ def _memory_events(step: Callable[[], object]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the profiler's C++ side says about itself off the terminal."""
+def silent() -> Iterator[None]:
+    """Keep what torch's C++ side says about itself off the terminal."""
     saved = os.dup(2)
     sink = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -131,7 +131,7 @@ def launches(step: Callable[[], object]) -> int:
 
     torch.cuda.synchronize()
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with _quiet(), profile(activities=activities) as profiler:
+    with silent(), profile(activities=activities) as profiler:
         step()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import workload
 from .cases import DROPOUT, NETWORK, REFERENCE, Case
-from .counting import list_ops
+from .counting import list_ops, silent
 from .cuda_launches import load_library
 from .errors import BenchError, Unsupported
 from .gpu_table import CHIPS
@@ -131,7 +131,7 @@ def cuda(case: Case, arch: int) -> list[Launch]:
         library, arch=arch, multiprocessors=chip.multiprocessors,
         shared_bytes_per_block=chip.shared_per_block, check=False, stats=True,
     )  # fmt: skip
-    with gpu.running():
+    with silent(), gpu.running():  # torch warns that kernels of the CPU are overridden
         _run(case, lambda name: getattr(torch.ops.fused_mlp_kernels, name))
     return [_launch(record.stats) for record in gpu.records]
 
