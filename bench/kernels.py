@@ -34,19 +34,34 @@ def raw_calls(
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
     training = work.case.mode == "train"
     drop = [work.case.dropout * training] * (len(linears) - 2)
+    buffers = [b.clone() for b in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+    tensors = (weights, biases, norm.weight, norm.bias)
+    mask = [False, *([True] * (2 * len(linears) + 2))]
+    if x.device.type == "cpu" and backends.active_backend("cpu") == "native":
+        # As a module calls them from its second call on.
+        prepared = KERNELS.research_net_prepare.default(
+            *tensors, *buffers, training, drop, 0.1, 1e-5, 0.01
+        )
+        if not training:
+            evaluate = KERNELS.research_net_evaluate.default
+            return lambda: evaluate(x, prepared), lambda: None
+        run, back = (
+            KERNELS.research_net_prepared.default, KERNELS.research_net_prepared_backward.default,
+        )  # fmt: skip
+        with torch.no_grad():
+            kept = run(x, prepared)[1]
+        return lambda: run(x, prepared), lambda: back(grad, x, kept, prepared, mask)
     ends = (training, drop, draw_seed(x.device) if any(drop) else None)
     run, back = KERNELS.research_net.default, KERNELS.research_net_backward.default
-    buffers = [b.clone() for b in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
 
     def forward() -> Any:
-        return run(x, weights, biases, norm.weight, norm.bias, *buffers, *ends, 0.1, 1e-5, 0.01)
+        return run(x, *tensors, *buffers, *ends, 0.1, 1e-5, 0.01)
 
     with torch.no_grad():
         saved = forward()[1]
-    mask = [False, *([True] * (2 * len(linears) + 2))]
 
     def backward() -> Any:
-        return back(grad, x, weights, biases, norm.weight, norm.bias, saved, *ends, 0.01, mask)
+        return back(grad, x, *tensors, saved, *ends, 0.01, mask)
 
     return forward, backward
 

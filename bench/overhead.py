@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fused_mlp import backends
-from fused_mlp.dropout import draw_seed
 
 from . import counting, options, workload
 from .cases import NETWORK, REFERENCE, Case
@@ -25,10 +24,9 @@ from .timing import Budget, interleave, spread
 _BLOCKS = 16
 SHARES = {
     "python": "module and backend checks, reading parameters",
-    "seed": "drawing the dropout's seed",
     "record": "recording the autograd node",
     "engine": "autograd engine, accumulation into every parameter, the node's Python",
-    "dispatch": "torch's dispatcher and argument conversion, both directions",
+    "dispatch": "torch's dispatcher, argument conversion and the dropout's seed, both directions",
     "allocation": "outputs, saved and gradient tensors",
     "kernel forward": "arithmetic",
     "kernel backward": "arithmetic",
@@ -71,16 +69,15 @@ def split(
     us = {name: spread(taken.seconds).median * 1e6 for name, taken in samples.items()}
     # The same work from C++ with and without new tensors.
     allocation = count * max(us["into new"] - us["in place"], 0.0) / _BLOCKS
-    empty_calls = us["forward, no rows"] + us["backward, no rows"]
+    small_calls = us["forward, two rows"] + us["backward, two rows"]
     fused = {
-        "python": us["fused, no grad"] - us["forward op"] - us["seed"],
-        "seed": us["seed"],
+        "python": us["fused, no grad"] - us["forward op"],
         "record": us["fused forward"] - us["fused, no grad"],
         "engine": us["fused step"] - us["fused forward"] - us["backward op"],
-        "dispatch": empty_calls - allocation,
+        "dispatch": small_calls - allocation,
         "allocation": allocation,
-        "kernel forward": us["forward op"] - us["forward, no rows"],
-        "kernel backward": us["backward op"] - us["backward, no rows"],
+        "kernel forward": us["forward op"] - us["forward, two rows"],
+        "kernel backward": us["backward op"] - us["backward, two rows"],
     }
     eager = {
         "forward": us["eager, no grad"],
@@ -111,13 +108,12 @@ def _steps(work: workload.Workload) -> dict[str, Callable[[], object]]:
         steps[f"{name} forward"] = _bind(model, x)
         steps[f"{name}, no grad"] = without_grad(_bind(model, x))
     forward, backward = raw_calls(work, x, grad)
-    none, none_backward = raw_calls(work, x[:0], grad[:0])
+    few, few_backward = raw_calls(work, x[:2], grad[:2])  # a batch norm wants two
     steps |= {
         "forward op": without_grad(forward),
         "backward op": without_grad(backward),
-        "forward, no rows": without_grad(none),
-        "backward, no rows": without_grad(none_backward),
-        "seed": lambda: draw_seed(x.device),
+        "forward, two rows": without_grad(few),
+        "backward, two rows": without_grad(few_backward),
         "empty node": _empty_node(work.fused.parameters(), grad),
     }
     return steps

@@ -113,7 +113,7 @@ std::vector<Tensor> backward(const Network& network, Call& call, const Tensor& g
   op.forward.saved = const_cast<void*>(saved.const_data_ptr());
   std::vector<Tensor> gradients;
   gradients.reserve(output_mask.size());
-  const auto wanted = [&](size_t i, const std::vector<int64_t>& sizes, ScalarType dtype) -> void* {
+  const auto wanted = [&](size_t i, IntHeaderOnlyArrayRef sizes, ScalarType dtype) -> void* {
     if (!output_mask[i]) return nullptr;
     gradients.push_back(new_empty_cpu(sizes, dtype));
     return gradients.back().mutable_data_ptr();

@@ -21,8 +21,10 @@ ScalarType accumulate_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor new_empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
+Tensor new_empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  int64_t few[8];
+  std::vector<int64_t> many(sizes.size() > 8 ? sizes.size() : 0);
+  int64_t* strides = many.empty() ? few : many.data();
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
@@ -30,7 +32,7 @@ Tensor new_empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

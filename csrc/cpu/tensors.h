@@ -12,6 +12,7 @@
 
 namespace fused_mlp {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -26,7 +27,7 @@ ScalarType accumulate_type(const Tensor& tensor);
 
 // An uninitialized contiguous CPU tensor. Straight to the allocator: the dispatcher's empty costs
 // 0.4 us more.
-Tensor new_empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype);
+Tensor new_empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
 // The sizes of a tensor, as a copy.
 std::vector<int64_t> sizes_of(const Tensor& tensor);

@@ -8,7 +8,7 @@ over it and other processes change them without a trace in any version counter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +17,14 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .. import backends
-from ..ops._common import grad_needed
+from ..ops._common import bound, grad_needed
 from ..ops.research_net import apply_checked
 from . import snapshot
 from .fit import Check, make_check
 
-
-def _bound(op: Any) -> Callable[..., Any]:
-    """Return what an op's ``__call__`` calls; a Python frame is 0.2 us."""
-    return getattr(op, "_op", op)
-
-
 _prepare = torch.ops.fused_mlp_kernels.research_net_prepare.default
-_forward = torch.ops.fused_mlp_kernels.research_net_prepared.default
-_evaluate = _bound(torch.ops.fused_mlp_kernels.research_net_evaluate.default)
+_forward = bound(torch.ops.fused_mlp_kernels.research_net_prepared.default)
+_evaluate = bound(torch.ops.fused_mlp_kernels.research_net_evaluate.default)
 _is_grad_enabled = torch.is_grad_enabled
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _MAX_CHECKS = 4
@@ -62,7 +56,7 @@ class PreparedNet:
     """
 
     __slots__ = (
-        "_buffers", "_checks", "_drops", "_handle", "_options", "_parameters", "_snapshot",
+        "_buffers", "_call", "_checks", "_drops", "_handle", "_parameters", "_snapshot",
         "_training", "_unchanged",
     )  # fmt: skip
 
@@ -75,7 +69,7 @@ class PreparedNet:
         self._buffers = tuple(buffer for buffer in buffers if buffer is not None)
         self._training = training
         self._drops = any(dropout_p)
-        self._options = (training, dropout_p, *arguments[9:])
+        self._call = (self._handle, None, None, (training, dropout_p, *arguments[9:]))
         self._checks: tuple[Check, ...] = (make_check([input], 1),)
 
     def accept(self, input: Tensor) -> bool:
@@ -111,9 +105,7 @@ class PreparedNet:
             if _is_grad_enabled() and grad_needed(input, *self._parameters):
                 if _saved_tensor_hooks(True) is not None:  # checkpointing; see can_prepare
                     return None
-                output = apply_checked(
-                    self._handle, None, None, self._options, input, *self._parameters
-                )
+                output = apply_checked(self._call, input, *self._parameters)
             elif self._training or self._drops:
                 output = _forward(input, self._handle)[0]
             else:

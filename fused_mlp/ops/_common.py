@@ -12,6 +12,11 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def bound(op: Any) -> Callable[..., Any]:
+    """Return what an op's ``__call__`` calls; that Python frame takes 0.2 us."""
+    return getattr(op, "_op", op)
+
+
 def grad_needed(*tensors: Tensor | None) -> bool:
     """Return whether autograd must record an op over these inputs."""
     if not torch.is_grad_enabled():
@@ -66,6 +71,8 @@ def differentiate_formula(
 
 def spread(gradients: Sequence[Tensor], output_mask: Sequence[bool]) -> list[Tensor | None]:
     """Return one entry a flag: the next gradient where it is set, None elsewhere."""
+    if len(gradients) == len(output_mask):
+        return list(gradients)
     found = iter(gradients)
     return [next(found) if wanted else None for wanted in output_mask]
 

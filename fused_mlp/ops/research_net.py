@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import backends, reference
 from ..dropout import draw_seed
 from ._common import (
+    bound,
     check_floating,
     check_like,
     check_number,
@@ -35,81 +36,81 @@ from .schemas import kernels_library, public_library
 
 _forward = torch.ops.fused_mlp_kernels.research_net.default
 _backward = torch.ops.fused_mlp_kernels.research_net_backward.default
-_prepared = torch.ops.fused_mlp_kernels.research_net_prepared.default
-_prepared_backward = torch.ops.fused_mlp_kernels.research_net_prepared_backward.default
+_prepared = bound(torch.ops.fused_mlp_kernels.research_net_prepared.default)
+_prepared_backward = bound(torch.ops.fused_mlp_kernels.research_net_prepared_backward.default)
 
 
 class ResearchNetFunction(torch.autograd.Function):
     """The autograd node of research_net.
 
-    Tensors come last: input, weights…, biases…, bn_weight, bn_bias. ``prepared`` is None, or what
-    ``research_net_prepare`` made of them.
+    ``call`` holds what ``research_net_prepare`` made of the tensors, or None; running mean, running
+    variance and batch counter; the seed; the options. The tensors that may need a gradient follow:
+    input, weights…, biases…, bn_weight, bn_bias.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        prepared: Tensor | None,
-        buffers: tuple[Any, ...],
-        seed: Tensor | None,
-        options: tuple[Any, ...],
-        *tensors: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+        prepared, buffers, seed, options = call
         if prepared is not None:
             output, saved = _prepared(tensors[0], prepared)
         else:
-            running_mean, running_var, num_batches_tracked = buffers
             training, dropout_p, momentum, eps, negative_slope = options
             input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
             output, saved = _forward(
-                input, weights, biases, bn_weight, bn_bias, running_mean, running_var,
-                num_batches_tracked, training, dropout_p, seed, momentum, eps, negative_slope,
+                input, weights, biases, bn_weight, bn_bias, *buffers, training, dropout_p, seed,
+                momentum, eps, negative_slope,
             )  # fmt: skip
         ctx.save_for_backward(*tensors, saved, seed)
-        ctx.prepared = prepared
-        ctx.options = options
+        ctx.call = call
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, saved, seed = ctx.saved_tensors
-        training, dropout_p, _, eps, negative_slope = ctx.options
-        mask = list(ctx.needs_input_grad[_FIRST_TENSOR:])
+        prepared, _, _, (training, dropout_p, _, _, negative_slope) = ctx.call
+        mask = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            if ctx.prepared is not None and any(dropout_p):
-                seed = saved[-16 // saved.itemsize :].view(torch.int64)
-
-            def formula(*tensors: Tensor | None) -> Tensor:
-                input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
-                # Every backend's `saved` begins with the mean and rstd of the batch norm.
-                channels = weights[-2].shape[0]
-                mean, rstd = saved[:channels], saved[channels : 2 * channels]
-                return reference.research_net_formula(
-                    input, weights, biases, bn_weight, bn_bias, mean, rstd.pow(-2) - eps,
-                    training, dropout_p, seed, eps, negative_slope,
-                )  # fmt: skip
-
-            gradients = differentiate_formula(formula, tensors, mask, grad_output)
-        elif ctx.prepared is not None:
-            gradients = spread(
-                _prepared_backward(grad_output, tensors[0], saved, ctx.prepared, mask), mask
-            )
+            return None, *_differentiable(ctx.call, tensors, saved, seed, mask, grad_output)
+        if prepared is not None:
+            found = _prepared_backward(grad_output, tensors[0], saved, prepared, mask)
         else:
             input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
-            gradients = spread(
-                _backward(
-                    grad_output, input, weights, biases, bn_weight, bn_bias, saved, training,
-                    dropout_p, seed, negative_slope, mask,
-                ),
-                mask,
+            found = _backward(
+                grad_output, input, weights, biases, bn_weight, bn_bias, saved, training,
+                dropout_p, seed, negative_slope, mask,
             )  # fmt: skip
-        return None, None, None, None, *gradients
+        return None, *spread(found, mask)
 
 
-_FIRST_TENSOR = 4
 # The same as ResearchNetFunction.apply without its look for what is left of a functorch transform
 # that ended, 2 us: callers with checked tensors have none.
 apply_checked = super(torch.autograd.Function, ResearchNetFunction).apply
+
+
+def _differentiable(
+    call: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    saved: Tensor,
+    seed: Tensor | None,
+    mask: Sequence[bool],
+    grad_output: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients, themselves differentiable."""
+    prepared, _, _, (training, dropout_p, _, eps, negative_slope) = call
+    if prepared is not None and any(dropout_p):  # the call drew the seed and kept it at the end
+        seed = saved[-16 // saved.itemsize :].view(torch.int64)
+
+    def formula(*tensors: Tensor | None) -> Tensor:
+        input, weights, biases, bn_weight, bn_bias = _unpack(tensors)
+        # Every backend's `saved` begins with the mean and rstd of the batch norm.
+        channels = weights[-2].shape[0]
+        mean, rstd = saved[:channels], saved[channels : 2 * channels]
+        return reference.research_net_formula(
+            input, weights, biases, bn_weight, bn_bias, mean, rstd.pow(-2) - eps, training,
+            dropout_p, seed, eps, negative_slope,
+        )  # fmt: skip
+
+    return differentiate_formula(formula, tensors, mask, grad_output)
 
 
 def _unpack(
@@ -192,13 +193,9 @@ def run(
     """Run checked arguments whose widths fit: the autograd node, or the bare kernel."""
     tensors = (input, *weights, *biases, bn_weight, bn_bias)
     if grad_needed(*tensors):
-        output = ResearchNetFunction.apply(
-            None,
-            (running_mean, running_var, num_batches_tracked),
-            seed,
-            (training, dropout_p, momentum, eps, negative_slope),
-            *tensors,
-        )
+        buffers = (running_mean, running_var, num_batches_tracked)
+        options = (training, dropout_p, momentum, eps, negative_slope)
+        output = ResearchNetFunction.apply((None, buffers, seed, options), *tensors)
     else:
         output = _forward(
             input, weights, biases, bn_weight, bn_bias, running_mean, running_var,

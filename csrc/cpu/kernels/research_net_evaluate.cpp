@@ -12,9 +12,15 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
-// Up to this many rows are dot products. A panel costs what 5 of them do at (10,[64,32],5), whose
-// rows are short, and what 16 do at (128,[256,256],10).
+// Up to this many rows are dot products, in a network of kShort multiply-adds a row or less half as
+// many: its rows are too short for vectors to pay. A panel costs what 16 rows do at
+// (128,[256,256],10) on AVX-512 and 5 at (10,[64,32],5); on AVX2 8 and 2.
+#if defined(__AVX512F__)
 constexpr int64_t kFewRows = 8;
+#else
+constexpr int64_t kFewRows = 4;
+#endif
+constexpr int64_t kShort = 8192;
 
 // The coefficients of the batch norm; mean and rstd go into `saved` if there is one.
 template <class T>
@@ -216,7 +222,7 @@ void evaluate(const ResearchNet& op) {
     numel += (op.widths[l] + 1) * op.widths[l + 1] + 2 * kLanes<T>;
     drops = drops || op.dropout[l].active();
   }
-  const bool few = op.rows <= kFewRows && !drops;
+  const bool few = op.rows <= (work <= kShort ? kFewRows / 2 : kFewRows) && !drops;
   const int64_t rest = few ? 2 * kFewRows * round_up(widest, kLanes<T>) : kInPlace ? 0 : numel;
   Arena arena(Scratch::kCall, 5 * Arena::bytes<T>(room) + Arena::bytes<T>(rest) + 2 * 64);
   const Affine<T> affine = fixed_affine<T>(op, room, arena);
