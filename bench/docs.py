@@ -54,6 +54,8 @@ SECTIONS = {
     "avx2": Section([*_nets(0, 1, 2, 3), *_EAGER], 80, {"FUSED_MLP_CPU_ISA": "avx2"}),
     "end-to-end": Section(["--end-to-end"], 120),
 }
+# What the GPU kernels do in ptxsim: no timing, so no results but a text.
+GPU, GPU_SECONDS = "gpu", 120
 NETS = [name for name in SECTIONS if name.startswith("net-")]
 
 
@@ -65,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
         "docs/images. Wants an idle machine and refuses a busy one. A quarter of an hour in all; "
         "sections can be measured one at a time, and the page shows those that are there.",
         epilog="sections, and about how many seconds each takes: "
-        + ", ".join(f"{name} {section.seconds}" for name, section in SECTIONS.items()),
+        + ", ".join(f"{name} {section.seconds}" for name, section in SECTIONS.items())
+        + f", {GPU} {GPU_SECONDS}",
     )
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "results" / "docs", metavar="DIR",
@@ -92,7 +95,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     failed: list[str] = []
     for name in [] if options.no_run else _chosen(options):
-        if not _measure(name, options):
+        run = _simulate if name == GPU else _measure
+        if not run(name, options):
             failed.append(name)
     found = {
         name: load(options.folder / name)
@@ -101,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     }
     if not found:
         raise BenchError(f"there are no results in {options.folder}")
-    write(found, options.page)
+    write(found, options.page, _text(options.folder))
     draw(found, options.images)
     sys.stdout.write(f"{options.page}\n")
     if failed:
@@ -110,11 +114,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:
-    names = options.only or list(SECTIONS)
-    if unknown := [name for name in names if name not in SECTIONS]:
-        raise BenchError(f"--only {unknown[0]}: choose from {', '.join(SECTIONS)}")
+    everything = [*SECTIONS, GPU]
+    names = options.only or everything
+    if unknown := [name for name in names if name not in everything]:
+        raise BenchError(f"--only {unknown[0]}: choose from {', '.join(everything)}")
     if options.missing:
-        names = [n for n in names if not (options.folder / n / "results.json").is_file()]
+        names = [n for n in names if not (options.folder / n).is_dir()]
     return names
 
 
@@ -140,6 +145,30 @@ def _measure(name: str, options: argparse.Namespace) -> bool:
     return True
 
 
+def _simulate(name: str, options: argparse.Namespace) -> bool:
+    """Write the steps of gpu-report into a folder of their own."""
+    print(f"\n==== {name} (about {GPU_SECONDS} s)", flush=True)
+    command = [sys.executable, "-m", "bench", "gpu-report", "--only", "steps"]
+    if options.tiny:
+        command += ["--op", "normalize", "--chip", "sm_90"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return False
+    (options.folder / name).mkdir(parents=True, exist_ok=True)
+    (options.folder / name / "steps.md").write_text(done.stdout, encoding="utf-8")
+    return True
+
+
+def _text(folder: Path) -> str:
+    """Return what the page says of GPUs: steps beside eager's, and predicted times."""
+    path = folder / GPU / "steps.md"
+    if not path.is_file():
+        return ""
+    _, mark, steps = path.read_text(encoding="utf-8").partition("## Steps beside eager's")
+    shown = f"{mark}{steps}".strip().replace("## ", "#### ")
+    return f"### GPUs: predictions, nothing here was measured on one\n\n{shown}"
+
+
 def _tiny(arguments: Sequence[str]) -> list[str]:
     kept = [a for a in arguments if a != "--docs"]
     return [*kept, "--smoke", "--against", "eager,onednn", "--seconds", "0"]
@@ -161,8 +190,8 @@ def merged(found: dict[str, Results], names: Sequence[str]) -> Results | None:
     return whole
 
 
-def write(found: dict[str, Results], page: Path) -> None:
-    """Put the numbers between the page's two marks.
+def write(found: dict[str, Results], page: Path, more: str = "") -> None:
+    """Put the numbers, and more, between the page's two marks.
 
     Raises:
         BenchError: when the page lacks them.
@@ -174,7 +203,7 @@ def write(found: dict[str, Results], page: Path) -> None:
         raise BenchError(f"{page} has no {BEGIN} … {END}")
     main_part = merged(found, [*NETS, "ops", "end-to-end"]) or next(iter(found.values()))
     others = {name: part for name, part in found.items() if name in ("one-thread", "avx2")}
-    numbers = "\n\n".join(docs_tables.sections(main_part, others, found))
+    numbers = "\n\n".join([*docs_tables.sections(main_part, others, found), more]).strip()
     page.write_text(f"{head}{begin}\n\n{numbers}\n\n{end}{tail}", encoding="utf-8")
 
 

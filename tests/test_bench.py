@@ -315,6 +315,9 @@ def test_docs_are_rewritten_between_their_marks(tmp_path: Path) -> None:
     slow = made_up_results(fused=1e-4)
     slow.environment["git_revision"] = "abc"
     results.save(slow, tmp_path / "avx2")
+    (tmp_path / "gpu").mkdir()
+    steps = "## Launches in ptxsim\n\nlong\n\n## Steps beside eager's\n\n| a |\n"
+    (tmp_path / "gpu" / "steps.md").write_text(steps)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{docs.BEGIN}\nold\n{docs.END}\nafter\n")
     arguments = ["docs", "--no-run", "--folder", str(tmp_path), "--page", str(page)]
@@ -325,6 +328,8 @@ def test_docs_are_rewritten_between_their_marks(tmp_path: Path) -> None:
     assert "old\n" not in text
     assert "| 10,64,32,5 | 32 | train | 100 µs | 50 µs | **2.00×** | – | – | – | 1.00× |" in text
     assert "revisions `None` (net-10-train); `abc` (avx2)" in text
+    assert "GPUs: predictions, nothing here was measured on one\n\n#### Steps beside" in text
+    assert "long" not in text
     assert (tmp_path / "images" / "speed_up.png").is_file()
     page.write_text("no marks")
     assert main(arguments) == 1
@@ -338,8 +343,10 @@ def test_docs_measures_the_sections_that_are_missing(
     ran = []
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        name = Path(command[-1]).name.removesuffix(".new")
+        name = "gpu" if "gpu-report" in command else Path(command[-1]).name.removesuffix(".new")
         ran.append(name)
+        if name == "gpu":
+            return subprocess.CompletedProcess(command, 0, "## Steps beside eager's\n")
         if name == "net-784":
             return subprocess.CompletedProcess(command, 1)
         results.save(made_up_results(), Path(command[-1]))
@@ -351,9 +358,12 @@ def test_docs_measures_the_sections_that_are_missing(
     page.write_text(f"{docs.BEGIN}{docs.END}")
     arguments = ["docs", "--missing", "--folder", str(tmp_path), "--page", str(page)]
     assert main([*arguments, "--images", str(tmp_path / "images")]) == 1
-    assert ran == ["ops", "net-784"]
+    assert ran == ["ops", "net-784", "gpu"]
     assert "not measured: net-784" in capsys.readouterr().err
     assert "Measured" in page.read_text()  # what was measured is written all the same
+    ran.clear()
+    assert main([*arguments, "--images", str(tmp_path / "images")]) == 1
+    assert ran == ["net-784"]  # the others are there now
     monkeypatch.setattr(docs.environment, "busy_cores", lambda: 1.9)
     assert main([*arguments, "--images", str(tmp_path / "images")]) == 1
     assert "1.9 cores busy" in capsys.readouterr().err
