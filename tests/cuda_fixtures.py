@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,14 +36,14 @@ def tf32(allowed: bool = True) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture
-def simulate(cuda_library: ctypes.CDLL) -> Callable[..., Simulator]:
-    """Make a simulated GPU: ``simulate(arch=80, multiprocessors=4, stats=True, shuffle=1)``."""
-    return lambda **options: Simulator(cuda_library, **options)
-
-
 _BOTH = [pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90)]
 _SECOND_SLOW = [_BOTH[0], pytest.param(90, id="sm_90", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=_SECOND_SLOW)
+def simulate(request: pytest.FixtureRequest, cuda_library: ctypes.CDLL) -> Callable[..., Simulator]:
+    """Make a simulated GPU: ``simulate(multiprocessors=4, stats=True, shuffle=1)``."""
+    return functools.partial(Simulator, cuda_library, request.param)
 
 
 @pytest.fixture(params=_SECOND_SLOW)

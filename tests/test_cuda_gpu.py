@@ -48,7 +48,7 @@ def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
 
 def run_example(name: str, device: str) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
     """Return an op's inputs and a step that gives its output and every gradient."""
-    case = example(name, device=torch.device(device))
+    case = example(name, dtype=torch.float32, device=torch.device(device))
     inputs = [t.requires_grad_() for t in case.tensors.values()]
 
     def step() -> list[Tensor]:
@@ -137,19 +137,17 @@ def test_another_device_than_the_current_one(backend: str, name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("training", "launches"), [(False, 1), (True, 2)])
-def test_launches_of_a_forward_pass(training: bool, launches: int) -> None:
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_launches_of_a_forward_pass(backend: str, training: bool, launches: int) -> None:
     """What the profiler sees agrees with what the simulator's tests count."""
-    with backends.use_backend("native"):
-        net = FusedResearchNet(10, [64, 32], 5, dropout=0.0, device="cuda").train(training)
-        x = torch.randn(4096, 10, device="cuda")
-        with torch.no_grad():
+    net = FusedResearchNet(10, [64, 32], 5, dropout=0.0, device="cuda").train(training)
+    x = torch.randn(4096, 10, device="cuda")
+    with torch.no_grad():
+        net(x)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             net(x)
             torch.cuda.synchronize()
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CUDA]
-            ) as profile:
-                net(x)
-                torch.cuda.synchronize()
     names = [e.name for e in profile.events() if "fused_mlp" in e.name]
     assert len(names) == launches, names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -124,10 +125,8 @@ def test_traffic_around_the_library(simulate: Callable[..., Simulator], dtype: t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_chips_without_tensor_cores_for_it(
-    simulate: Callable[..., Simulator], dtype: torch.dtype
-) -> None:
-    simulator = simulate(arch=75)
+def test_chips_without_tensor_cores_for_it(cuda_library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    simulator = Simulator(cuda_library, 75)
     with simulator.running():
         check_case(linear_case((100, 72), 40, p=0.3, dtype=dtype, device=CPU))
     suffix = "bf16_fma" if dtype == torch.bfloat16 else "f16_fma"

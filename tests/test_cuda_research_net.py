@@ -56,11 +56,9 @@ def test_dtypes(each_gpu: Simulator, dtype: torch.dtype, training: bool) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_chips_without_tensor_cores_for_it(
-    simulate: Callable[..., Simulator], dtype: torch.dtype
-) -> None:
+def test_chips_without_tensor_cores_for_it(cuda_library: ctypes.CDLL, dtype: torch.dtype) -> None:
     """sm_75 has no bfloat16 and other float16 products: it multiplies and adds in float32."""
-    simulator = simulate(arch=75, shared_bytes_per_block=64 * 1024)
+    simulator = Simulator(cuda_library, 75, shared_bytes_per_block=64 * 1024)
     with simulator.running():
         check_case(research_case(100, REFERENCE, True, p=0.3, dtype=dtype, device=CPU))
     suffix = "bf16_fma" if dtype == torch.bfloat16 else "f16_fma"
@@ -72,12 +70,12 @@ def test_chips_without_tensor_cores_for_it(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(128, 128, 32, 10), (33, 100, 47, 65, 20), (5, 130, 1)])
 def test_wide(
-    simulate: Callable[..., Simulator],
+    cuda_library: ctypes.CDLL,
     dtype: torch.dtype,
     widths: tuple[int, ...],
 ) -> None:
     """Whatever the device takes in one op is right; the rest goes op by op."""
-    with simulate(arch=90, shared_bytes_per_block=227 * 1024).running():
+    with Simulator(cuda_library, 90, shared_bytes_per_block=227 * 1024).running():
         check_case(research_case(150, widths, True, p=0.3, dtype=dtype, device=CPU))
 
 
