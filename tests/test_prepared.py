@@ -248,15 +248,26 @@ def test_network_runs_as_prepared_after_a_conversion(runs, dtype):
         fused(x.float())
 
 
-def test_conversion_by_swapping_tensors_is_possible():
+@pytest.mark.parametrize("ready_before", [True, False])
+def test_tensors_may_be_swapped_by_conversions_and_loading(ready_before):
     _, fused = networks()
+    fused.eval().requires_grad_(False)
     x = torch.randn(6, 10)
+    state = {name: value.clone() for name, value in fused.state_dict().items()}
+    expected = fused(x)
+    if ready_before:
+        fused(x)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        for _ in range(2):
-            fused.eval()(x)
+        if not ready_before:
+            fused.float()
+            fused(x)
+            fused(x)
         fused.double()
-        assert fused(x.double()).dtype == torch.float64
+        torch.testing.assert_close(fused(x.double()), expected.double(), rtol=1e-4, atol=1e-5)
+        fused.load_state_dict(state)
+        fused.float()
+        torch.testing.assert_close(fused(x), expected)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
 

@@ -156,7 +156,9 @@ def _plan_cpu(
     ordered = [unit for group in units.values() for unit in group]
     output = folder / "_C_cpu.so"
     objects = [str(unit.output) for unit in ordered]
-    link = (*compiler, "-shared", "-fPIC", *objects, "-o", str(output), *libraries)
+    # Python's functions (cpu/snapshot.cpp) are found in the process, if it is one of Python.
+    late = ("-Wl,-undefined,dynamic_lookup",) if platform.system() == "Darwin" else ()
+    link = (*compiler, "-shared", "-fPIC", *late, *objects, "-o", str(output), *libraries)
     return Plan(ordered, link, output, {"isas": list(isas), "compiler": " ".join(compiler)})
 
 

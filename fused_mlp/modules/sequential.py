@@ -51,29 +51,23 @@ class FusedSequential(CachingModule, nn.Sequential):
         args: modules, or one ``OrderedDict`` of them, as ``nn.Sequential`` takes them.
     """
 
+    # `torch.utils.swap_tensors`, which these two may be told to use, refuses tensors that someone
+    # else refers to.
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_cache", None)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("_cache", None)
+        super()._load_from_state_dict(*args, **kwargs)
+
     def forward(self, input: Any) -> Any:
         if is_compiling():
             return _run_traced(list(self._modules.values()), input)
         return self._run_planned(input)
 
-    def _run_ready(self, input: Any, *containers: dict[str, Any]) -> Tensor | None:
-        """Return the output where all is as it was at an earlier call; else None.
-
-        Args:
-            input: anything.
-            containers: as :meth:`PreparedNet.run` takes them.
-        """
-        plan = self.__dict__.get("_cache")
-        if plan is None:
-            return None
-        ready = plan.ready.get(plan.norm["training"])
-        if ready is None:
-            return None
-        output: Tensor | None = ready.run(input, self._modules, *containers)
-        return output
-
     def _run_planned(self, input: Any) -> Any:
-        output = self._run_ready(input)
+        output = run_ready(self.__dict__, input)
         if output is not None:
             return output
         plan = self.__dict__.get("_cache")
@@ -88,6 +82,24 @@ class FusedSequential(CachingModule, nn.Sequential):
         for step in plan.steps:
             input = step(input)
         return input
+
+
+def run_ready(sequential: dict[str, Any], input: Any, *containers: dict[str, Any]) -> Tensor | None:
+    """Return the output where all is as it was at an earlier call; else None.
+
+    Args:
+        sequential: the ``__dict__`` of a :class:`FusedSequential`.
+        input: anything.
+        containers: as :meth:`PreparedNet.run` takes them.
+    """
+    plan = sequential.get("_cache")
+    if plan is None:
+        return None
+    ready = plan.ready.get(plan.norm["training"])
+    if ready is None:
+        return None
+    output: Tensor | None = ready.run(input, sequential["_modules"], *containers)
+    return output
 
 
 def _run_traced(modules: list[nn.Module], input: Any) -> Any:
