@@ -20,7 +20,8 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 READY := $(VENV)/.ready-$(NAME)
 
-.PHONY: demo test bench docs-benchmarks lint format abi-check fuzz asan ubsan tsan gpu-check clean distclean help
+.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz asan ubsan tsan gpu-check \
+  clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +30,7 @@ help:
 	@echo 'make bench      run the benchmarks'
 	@echo 'make docs-benchmarks  measure and rewrite the numbers of docs/benchmarks.md'
 	@echo 'make lint       check style and types (make format mends style)'
+	@echo 'make examples   run the scripts in examples/ beside the packages they use'
 	@echo 'make abi-check  run one wheel under several versions of torch'
 	@echo 'make gpu-check  run the smoke tests on a GPU under compute-sanitizer'
 	@echo 'make fuzz       check FUZZ random calls of every op against float64, and as many wrong ones'
@@ -59,6 +61,9 @@ format: $(READY) $(VENV)/.lint
 	$(RUN) -m ruff format .
 	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' \
 	  | xargs -r $(VENV)/bin/clang-format -i
+
+examples: $(READY) $(VENV)/.examples
+	$(RUN) -m pytest -m slow tests/test_examples.py $(PYTEST)
 
 abi-check: $(READY)
 	$(RUN) scripts/abi_check.py
@@ -91,6 +96,11 @@ INSTALL := FUSED_MLP_CUDA_ARCHS=$${FUSED_MLP_CUDA_ARCHS:-native} $(PIP) install 
 $(READY): pyproject.toml setup.py | $(RUN)
 	$(PIP) install --quiet '$(TORCH)'
 	$(INSTALL) '.[bench,test,triton]'
+	@touch $@
+
+# Some 20 packages that only tests of examples/ need; torch is named so that none replaces it.
+$(VENV)/.examples: pyproject.toml | $(READY)
+	$(INSTALL) '.[examples]' '$(TORCH)'
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(READY)

@@ -101,7 +101,7 @@ class SynchronizedForward:
             return self._train(input)
         return type(self.module).forward(self.module, input)
 
-    @torch.compiler.disable  # a tracer cannot follow a wait for other processes
+    @torch.compiler.disable  # a graph cannot wait for other processes
     def _train(self, input: Tensor) -> Tensor:
         module = self.module
         module._check_input_dim(input)

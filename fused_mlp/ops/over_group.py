@@ -147,6 +147,7 @@ def _normalize_formula(
     return (centred / ((squares / freedom).sqrt().to(x.dtype) + eps)).to(input.dtype)
 
 
+@torch.compiler.disable  # a graph cannot wait for other processes
 def normalize(
     input: Tensor,
     dim: Sequence[int] | None,
@@ -285,6 +286,7 @@ def _update_running(
         num_batches_tracked.add_(1)
 
 
+@torch.compiler.disable  # a graph cannot wait for other processes
 def batch_norm_leaky_relu(
     input: Tensor,
     running_mean: Tensor | None,
