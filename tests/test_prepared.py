@@ -217,7 +217,7 @@ def test_new_values_of_parameters_and_buffers_are_used(runs, change, training):
     for net in (eager, fused):
         change(net)
         net.train(training)
-    for _ in range(2):
+    for _ in range(3):
         assert_same_step(eager, fused, torch.randn(6, 10))
     assert runs[-1]
 
@@ -270,6 +270,26 @@ def test_tensors_may_be_swapped_by_conversions_and_loading(ready_before):
         torch.testing.assert_close(fused(x), expected)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_network_whose_options_change_at_every_call_is_not_made_ready_again(monkeypatch):
+    made = []
+    make = PreparedNet.__init__
+
+    def noted(self, *arguments):
+        made.append(arguments)
+        make(self, *arguments)
+
+    monkeypatch.setattr(PreparedNet, "__init__", noted)
+    _, fused = networks(dropout=0.1)
+    x = torch.randn(6, 10)
+    for step in range(6):
+        fused.research_layers[2].p = 0.1 + step / 100
+        fused(x)
+    assert len(made) == 1
+    for _ in range(3):
+        fused(x)
+    assert len(made) == 2, "once the options stay, it is"
 
 
 def test_option_of_dropout_is_followed_call_by_call():

@@ -119,7 +119,8 @@ class ResearchNetGroup:
     """
 
     __slots__ = (
-        "_dicts", "_dropouts", "_fits", "_linears", "_modules", "_parts", "_slope", "norm", "ready",
+        "_changed", "_dicts", "_dropouts", "_fits", "_linears", "_modules", "_parts", "_seen",
+        "_slope", "norm", "ready",
     )  # fmt: skip
 
     def __init__(self, run: Run) -> None:
@@ -138,6 +139,9 @@ class ResearchNetGroup:
         self._slope = norm.modules[-1].__dict__
         self._fits = attempt.two_fits()
         self.ready: dict[bool, PreparedNet] = {}
+        # Whether something ready had to be given up, and what the last call in each mode read.
+        self._changed = False
+        self._seen: dict[bool, tuple[Any, ...]] = {}
 
     def run(self, input: Any) -> Any:
         ready = self.ready.get(self.norm["training"])
@@ -154,7 +158,7 @@ class ResearchNetGroup:
             output = attempt.research_net(self._fits, input, *arguments)
             if output is not None:
                 if can_prepare(input, arguments[0]):
-                    self._prepare(input)
+                    self._prepare(input, arguments)
                 return output
         return _one_by_one(self._parts, input)
 
@@ -171,8 +175,12 @@ class ResearchNetGroup:
         state = norm_state(self.norm)
         return weights, biases, state, dropout_p, self._slope["negative_slope"]
 
-    def _prepare(self, input: Tensor) -> None:
-        """Make ready for more calls like the one that ran."""
+    def _prepare(self, input: Tensor, arguments: attempt.NetState) -> None:
+        """Make ready for more calls like the one that ran, if there is reason to expect some.
+
+        It takes 50 us. Where an option changes at every step, as a schedule of dropout
+        probabilities does, it is not worth it: after a change two calls must read the same.
+        """
         norm, mode = self.norm, self.norm["training"]
         # A momentum of None depends on the batches counted so far; whether statistics are shared,
         # on the process groups there are.
@@ -181,6 +189,13 @@ class ResearchNetGroup:
         before = self.ready.get(mode)
         if before is not None and before.holds(self._modules) and before.accept(input):
             return
+        if before is not None:
+            self._changed = True
+            self.ready.clear()  # what is ready for the other mode may be as old
+        if self._changed:
+            seen, self._seen[mode] = self._seen.get(mode), _what_was_read(arguments)
+            if seen != self._seen[mode]:
+                return
         read = snapshot.take(self._modules.values(), self._entries())
         weights, biases, state, dropout_p, slope = self._read()
         weight, bias, running_mean, running_var, tracked, training, momentum, eps, _ = state
@@ -190,8 +205,6 @@ class ResearchNetGroup:
              dropout_p, momentum, eps, slope),
             input,
         )  # fmt: skip
-        if before is not None:  # what is ready for the other mode may be as old
-            self.ready.clear()
         if fresh.holds(self._modules):  # another thread may have changed something meanwhile
             self.ready[mode] = fresh
 
@@ -222,6 +235,12 @@ def _linear_and_dropout(run: Run) -> tuple[dict[str, Any], dict[str, Any] | None
     if len(run.modules) == 2:
         return first, None, ""
     return first, run.modules[2].__dict__, "p"
+
+
+def _what_was_read(arguments: attempt.NetState) -> tuple[Any, ...]:
+    """Return the identities of the tensors and the values of the options."""
+    weights, biases, state, dropout_p, slope = arguments
+    return (*map(id, (*weights, *biases, *state[:5])), *state[5:], *dropout_p, slope)
 
 
 def _one_by_one(steps: Iterable[Step], input: Any) -> Any:
