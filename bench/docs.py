@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import docs_tables, environment
-from .cases import NETWORKS
+from .cases import NETWORK, NETWORKS
 from .errors import BenchError
 from .results import Results, load
 from .rivals import AGAINST
@@ -40,8 +40,8 @@ def _nets(*which: int) -> list[str]:
     return [part for i in which for part in ("--net", ",".join(map(str, NETWORKS[i])))]
 
 
-_ALL = ["--against", ",".join(AGAINST), "--seconds", "2"]
-_EAGER = ["--against", "eager", "--seconds", "0.7"]
+_ALL = ["--against", ",".join(AGAINST), "--seconds", "1.5"]
+_EAGER = ["--against", "eager", "--seconds", "0.6"]
 SECTIONS = {
     "net-10-eval": Section([*_nets(0), "--mode", "eval", *_ALL], 75),
     "net-10-train": Section([*_nets(0), "--mode", "train", *_ALL], 110),
@@ -151,6 +151,8 @@ def _simulate(name: str, options: argparse.Namespace) -> bool:
     command = [sys.executable, "-m", "bench", "gpu-report", "--only", "steps"]
     if options.tiny:
         command += ["--op", "normalize", "--chip", "sm_90"]
+    else:
+        command += ["--op", NETWORK]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return False
