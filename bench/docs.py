@@ -43,12 +43,12 @@ def _nets(*which: int) -> list[str]:
 _ALL = ["--against", ",".join(AGAINST), "--seconds", "1.5"]
 _EAGER = ["--against", "eager", "--seconds", "0.6"]
 SECTIONS = {
-    "net-10-eval": Section([*_nets(0), "--mode", "eval", *_ALL], 75),
-    "net-10-train": Section([*_nets(0), "--mode", "train", *_ALL], 110),
-    "net-128-eval": Section([*_nets(1), "--mode", "eval", *_ALL], 80),
-    "net-128-train": Section([*_nets(1), "--mode", "train", *_ALL], 140),
-    "net-784": Section([*_nets(2), *_ALL], 120),
-    "net-1024": Section([*_nets(3), *_ALL], 130),
+    "net-10-eval": Section([*_nets(0), "--mode", "eval", *_ALL], 50),
+    "net-10-train": Section([*_nets(0), "--mode", "train", *_ALL], 60),
+    "net-128-eval": Section([*_nets(1), "--mode", "eval", *_ALL], 60),
+    "net-128-train": Section([*_nets(1), "--mode", "train", *_ALL], 120),
+    "net-784": Section([*_nets(2), *_ALL], 90),
+    "net-1024": Section([*_nets(3), *_ALL], 110),
     "ops": Section(["--docs", "--ops", "--seconds", "1"], 60),
     "one-thread": Section([*_nets(0, 1, 2, 3), "--threads", "1", *_EAGER], 90),
     "avx2": Section([*_nets(0, 1, 2, 3), *_EAGER], 80, {"FUSED_MLP_CPU_ISA": "avx2"}),
