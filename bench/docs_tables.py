@@ -74,11 +74,9 @@ def sections(
     yield "### Where others are faster, and what could not run"
     for name, part in {"": main, **others}.items():
         losing = tables.losing_lines(part)
-        yield (
-            f"{name}: {len(losing)}".removeprefix(": ")
-            + (" cases in which another was faster than fused:\n\n" if losing else " cases.")
-            + "\n".join(f"- {line}" for line in losing)
-        )
+        who = f"{name}, {len(losing)}" if name else str(len(losing))
+        lines = "".join(f"\n- {line}" for line in losing)
+        yield f"Faster than fused ({who}):" + (f"\n{lines}" if losing else " nobody.")
     failed = dict.fromkeys(
         line for part in (main, *others.values()) for line in tables.failed_lines(part)
     )

@@ -131,7 +131,7 @@ def time_split(results: Results) -> Figure | None:
         parts.annotate(SHARES.get(name, ""), (1, place), xycoords=("axes fraction", "data"),
                        ha="right", va="center", fontsize=8, color="#555555")  # fmt: skip
     parts.invert_yaxis()
-    parts.set_xlim(min(0, *(v for _, v in values)), 2.5 * max(v for _, v in values))
+    parts.set_xlim(min(0, *(v for _, v in values)), 3.2 * max(v for _, v in values))
     parts.set_xlabel("µs")
     parts.set_title("Where the fused step spends them")
     for axes in (whole, parts):
