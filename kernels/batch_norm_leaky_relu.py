@@ -357,7 +357,7 @@ def batch_norm_leaky_relu_backward(
     if not wanted:
         return []
     sums = RUNNING.value if not need_sums else p.parts_padded if p.parts > 1 else ALONE.value
-    grid, write, part = p.grid, want_x, None
+    grid, write, part, blocks = p.grid, want_x, None, dict(problem.blocks)
     with on_device(input):
         if sums > 0:
             part = input.new_empty(2 * p.parts * channels, dtype=acc)
@@ -370,11 +370,13 @@ def batch_norm_leaky_relu_backward(
             )  # fmt: skip
             write = want_x and training
             if not write:
-                grid = (p.blocks_k, 1)  # what is left is to merge the sums
+                # What is left is to merge the sums, 1024 at a time: with 64 lanes a warp, no more
+                # than 4 warps find 128 bits for each thread.
+                grid, blocks["num_warps"] = (p.blocks_k, 1), min(p.num_warps, 4)
         # The same programs again, or one for each block of channels.
         batch_norm_leaky_relu_grad_kernel[grid](
             grad_output, input, dx, dw, db, mean, rstd, weight, bias, part, *problem.sizes,
             *g_strides, *x_strides, *dx_strides, *problem.cut, float(problem.count),
-            negative_slope, SUMS=sums, WRITE=write, TRAINING=training, **problem.blocks,
+            negative_slope, SUMS=sums, WRITE=write, TRAINING=training, **blocks,
         )  # fmt: skip
     return wanted

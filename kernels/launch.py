@@ -19,6 +19,14 @@ def on_device(tensor):
     return contextlib.nullcontext()  # the interpreter and simulators run on host memory
 
 
+def register_limit(backend):
+    """Return the option that lets a thread have every register.
+
+    Left alone, ptxas rather spills a few where that lets one more block run beside. Not on AMD.
+    """
+    return {"maxnreg": 255} if backend == "cuda" else {}
+
+
 def options(num_warps, num_stages=None):
     """Return the compile options of a launch.
 

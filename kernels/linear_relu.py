@@ -17,6 +17,7 @@ from .launch import (
     cast,
     dot_precision,
     on_device,
+    register_limit,
     scalar,
     triton_accumulator,
 )
@@ -167,8 +168,10 @@ def _tiles(rows, columns, depth, tensor):
     return neighbours(rows, columns, depth, tensor.dtype, precision, *architecture(tensor))
 
 
-def _constants(dtype):
-    return {"PRECISION": dot_precision(dtype), "ACC": triton_accumulator(dtype), "GROUP": GROUP}
+def _constants(tensor):
+    dtype = tensor.dtype
+    constants = {"PRECISION": dot_precision(dtype), "ACC": triton_accumulator(dtype)}
+    return constants | register_limit(architecture(tensor)[0]) | {"GROUP": GROUP}
 
 
 def linear_relu(input, weight, bias, dropout_p, seed):
@@ -192,7 +195,7 @@ def linear_relu(input, weight, bias, dropout_p, seed):
     with on_device(input):
         # One program for each tile of the output.
         tuning.launch(
-            linear_relu_kernel, _grid(rows, out_features), arguments, _constants(input.dtype),
+            linear_relu_kernel, _grid(rows, out_features), arguments, _constants(input),
             _tiles(rows, out_features, in_features, input), NAMES,
         )  # fmt: skip
     return output
@@ -232,7 +235,7 @@ def _grad_input(dy, y, weight, scale):
         # One program for each tile of dX.
         tuning.launch(
             linear_relu_grad_input_kernel, _grid(rows, in_features), arguments,
-            _constants(weight.dtype), _tiles(rows, in_features, out_features, weight), NAMES,
+            _constants(weight), _tiles(rows, in_features, out_features, weight), NAMES,
         )  # fmt: skip
     return dx
 
@@ -261,7 +264,7 @@ def _grad_weight(dy, y, x, weight, scale, want_w, want_b):
         # One program for each tile of dW and part of the rows.
         tuning.launch(
             linear_relu_grad_weight_kernel, _grid(out_features, max(in_features, 1), parts),
-            arguments, _constants(weight.dtype), tiles, NAMES,
+            arguments, _constants(weight), tiles, NAMES,
         )  # fmt: skip
     if part is not None:
         merge(part, [dw, db], sizes)

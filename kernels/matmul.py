@@ -16,7 +16,7 @@ WIDEN_BFLOAT16 = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
-def _column_halves(a):
+def column_halves(a):
     """[M, K] -> two [M, K / 2]"""
     halves = tl.reshape(a, [a.shape[0], 2, a.shape[1] // 2])
     return tl.split(tl.permute(halves, (0, 2, 1)))
@@ -35,7 +35,7 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
     if WIDEN_BFLOAT16 and a.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, out_dtype=acc.dtype)
     elif PRECISION == "ieee" and a.dtype.primitive_bitwidth >= 32 and a.shape[1] > SLICE:
-        a0, a1 = _column_halves(a)
+        a0, a1 = column_halves(a)
         b0, b1 = _row_halves(b)
         return multiply(a1, b1, multiply(a0, b0, acc, PRECISION), PRECISION)
     else:

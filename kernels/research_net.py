@@ -18,6 +18,7 @@ from .launch import (
     dot_precision,
     on_device,
     options,
+    register_limit,
     triton_accumulator,
 )
 from .merge import merge
@@ -59,19 +60,11 @@ class Shape:
     block_f: int
     block_h: int
     block_out: int
-    chunks_in: int
-    chunks_out: int
+    depth: int  # slice of a hidden width that a product takes at a time
     rows_per_part: int
     parts: int
     num_warps: int
-    resident: bool  # weights stay in registers during the walk over the rows
-    split: bool  # backward gives each large weight gradient programs of its own
-
-    def jobs(self, last, rest):
-        """Programs of backward for each part of the rows."""
-        if not self.split:
-            return 1
-        return (self.chunks_out if last else 0) + (self.two + self.chunks_in if rest else 0)
+    resident: bool  # weights (and in backward their gradients) stay in registers during the walk
 
 
 def _pad(width, most):
@@ -85,23 +78,30 @@ def shape(rows, widths, dtype, precision, backend, capability, backward):
     block_f, block_h = _pad(widths[1], MAX_HIDDEN), _pad(widths[-2], MAX_HIDDEN)
     widest = max(block_f, block_h)
     units = has_matrix_units(dtype, precision, backend, capability) and dtype != torch.float64
-    chunk = 64 if units else 32
-    block_m, warps = 64 if units else 32, 4 if widest <= 64 else 8
+    # With few registers for each number (no matrix units; 64 lanes a warp) tiles are smaller.
+    scarce = not units or backend == "hip"
+    chunk = 64 if dtype.itemsize == 2 else 32 if units else 16
+    depth = 16 if scarce else chunk
+    # On AMD a thread of 8 warps may have half the registers of one of 4, and needs more than half.
+    warps = 4 if widest <= 64 or backend == "hip" else 8
     if backward:
-        block_m, warps = 32, 4 if widest <= 64 else 8
+        block_m = 16 if widest > 64 or not units else 32
+    elif widest > 64:
+        block_m = 32 if dtype.itemsize == 2 and not scarce else 16
+    else:
+        block_m = 64 if units else 32
     block_in, block_out = _pad(widths[0], chunk), _pad(widths[-1], chunk)
-    chunks_in, chunks_out = triton.cdiv(widths[0], block_in), triton.cdiv(widths[-1], block_out)
     weights = (block_f * block_in + (block_f * block_h if two else 0)) + block_h * block_out
     # Registers of a thread that hold weights, were they resident.
     held = weights * dtype.itemsize // (4 * 32 * warps)
-    resident = chunks_in == 1 and chunks_out == 1 and held <= RESIDENT_REGISTERS
+    resident = widths[0] <= block_in and widths[-1] <= block_out
+    resident = resident and (widest <= 32 if backward else held <= RESIDENT_REGISTERS)
     block_m = min(block_m, _pad(rows, block_m))
     blocks = triton.cdiv(rows, block_m)
     rows_per_part = triton.cdiv(blocks, PROGRAMS) * block_m
     return Shape(
-        two, block_m, block_in, block_f, block_h, block_out, chunks_in, chunks_out,
+        two, block_m, block_in, block_f, block_h, block_out, depth,
         rows_per_part, triton.cdiv(rows, rows_per_part), warps, resident,
-        widest > 32 or chunks_in > 1 or chunks_out > 1,
     )  # fmt: skip
 
 
@@ -130,13 +130,14 @@ class _Network:
             "BLOCK_IN": s.block_in,
             "BLOCK_F": s.block_f,
             "BLOCK_H": s.block_h,
-            "CHUNKS_IN": s.chunks_in,
+            "DEPTH": s.depth,
             "RESIDENT": s.resident,
             "PRECISION": precision,
             "ACC": triton_accumulator(dtype),
             **options(s.num_warps, 1),
+            **register_limit(architecture(input)[0]),
         }
-        self.last_blocks = {"BLOCK_OUT": s.block_out, "CHUNKS_OUT": s.chunks_out}
+        self.last_blocks = {"BLOCK_OUT": s.block_out}
 
 
 def _vector(tensor):
@@ -227,13 +228,10 @@ def research_net_backward(
         **net.last_blocks,
     }
     with on_device(input):
-        # Programs for each part of the rows and job. In training, what comes before the batch
-        # norm waits for the sums over all rows behind it.
+        # One program for each part of the rows. In training, what comes before the batch norm waits
+        # for the sums over all rows behind it.
         for last, rest in ((True, False), (False, True)) if training else ((True, True),):
-            constants["num_warps"] = max(s.num_warps, 8) if rest else s.num_warps
-            research_net_grad_kernel[(s.parts, s.jobs(last, rest))](
-                *arguments, LAST=last, REST=rest, SPLIT=s.split, **constants
-            )
+            research_net_grad_kernel[(s.parts,)](*arguments, LAST=last, REST=rest, **constants)
         if any(output_mask[1:]):
             merge(part, gradients, sizes)
     return everything

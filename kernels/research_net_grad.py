@@ -1,6 +1,9 @@
 """Gradients of the whole network on chip: what the launcher in research_net.py runs backward.
 
-See research_net_kernels.py for the dimensions and for what is resident.
+A program sums its rows' share of the weight gradients: in registers where the weights are RESIDENT,
+else in its own row of the partial sums, tile by tile, as they would not fit the registers. Nobody
+else touches that row, so it stays in the cache and needs no atomics. See research_net_kernels.py
+for the dimensions.
 """
 
 import triton
@@ -8,156 +11,60 @@ import triton.language as tl
 
 from .batch_norm_leaky_relu import leaky_relu, load_vector
 from .launch import cast, scalar
-from .matmul import multiply
+from .matmul import column_halves, multiply
 from .moments import merge_rows
 from .research_net_kernels import before_norm, load_rows, load_weight
 
 
 @triton.jit
-def store_weight(ptr, value, row0, rows, column0, columns):
-    """Write a tile of a contiguous (rows, columns) matrix."""
+def add_weight(ptr, value, row0, rows, column0, columns, fresh):
+    """Add a tile to a contiguous (rows, columns) matrix; ``fresh``: write it."""
     r = row0 + tl.arange(0, value.shape[0])
     c = column0 + tl.arange(0, value.shape[1])
     mask = (r < rows)[:, None] & (c < columns)[None, :]
-    tl.store(ptr + r[:, None] * columns + c[None, :], value, mask=mask)
+    at = ptr + r[:, None] * columns + c[None, :]
+    tl.store(at, value + tl.load(at, mask=mask & (not fresh), other=0.0), mask=mask)
 
 
 @triton.jit
-def _walk(
-    g_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, gamma_ptr, beta_ptr, saved_ptr,
-    seed_ptr, part_ptr, dx_ptr, M, IN, F, H, OUT, stride_gm, stride_gn, stride_xm, stride_xk,
-    threshold, scale, slope, rows_per_part, parts, row_length,
-    at_w2, at_w3, at_b1, at_b2, at_b3, at_gamma, at_beta, chunk_in, chunk_out,
-    LAST: tl.constexpr, MIDDLE: tl.constexpr, FIRST: tl.constexpr, TRAINING: tl.constexpr,
-    PARTS: tl.constexpr, TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    CHUNKS_IN: tl.constexpr, CHUNKS_OUT: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """One walk over a part of the rows.
+def add_vector(ptr, value, first, size, fresh):
+    """Add a piece to a vector; ``fresh``: write it."""
+    i = first + tl.arange(0, value.shape[0])
+    mask = i < size
+    value += tl.load(ptr + i, mask=mask & (not fresh), other=0.0)
+    tl.store(ptr + i, value, mask=mask)
 
-    LAST: a chunk of W3 and b3; gamma and beta with chunk 0. MIDDLE: W2 and b2. FIRST: a chunk of
-    W1 and of the input; b1 with chunk 0. In training the last two need the merged sums of LAST.
-    """
-    part = tl.program_id(0)
-    row_ptr = part_ptr + part.to(tl.int64) * row_length
-    h = tl.arange(0, BLOCK_H).to(tl.int64)
-    f = tl.arange(0, BLOCK_F)
-    c = tl.arange(0, BLOCK_OUT)
-    in_h = h < H
-    slope = scalar(slope, ACC)
-    scale = scalar(scale, ACC)
-    mean = tl.load(saved_ptr + h, mask=in_h, other=0.0)
-    rstd = tl.load(saved_ptr + H + h, mask=in_h, other=0.0)
-    gamma = load_vector(gamma_ptr, h, in_h, 1.0, ACC)
-    beta = load_vector(beta_ptr, h, in_h, 0.0, ACC)
-    if TRAINING and not LAST:
-        # Means over all rows: what batch norm takes from every row's gradient.
-        rows = scalar(1.0, ACC) * M
-        mean_gamma = merge_rows(part_ptr + at_gamma, row_length, parts, h, in_h, PARTS, ACC) / rows
-        mean_beta = merge_rows(part_ptr + at_beta, row_length, parts, h, in_h, PARTS, ACC) / rows
-    in0 = chunk_in * BLOCK_IN
-    out0 = chunk_out * BLOCK_OUT
-    b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
-    b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
-    w1 = 0
-    w2 = 0
-    if RESIDENT:
-        w1 = load_weight(w1_ptr, 0, F, in0, IN, BLOCK_F, BLOCK_IN)
-        if TWO:
-            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
-        if CHUNKS_OUT == 1:
-            w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-    if LAST:
-        dw3 = tl.zeros([BLOCK_OUT, BLOCK_H], ACC)
-        db3 = tl.zeros([BLOCK_OUT], ACC)
-        dgamma = tl.zeros([BLOCK_H], ACC)
-        dbeta = tl.zeros([BLOCK_H], ACC)
-    if MIDDLE:
-        dw2 = tl.zeros([BLOCK_H, BLOCK_F], ACC)
-        db2 = tl.zeros([BLOCK_H], ACC)
-    if FIRST:
-        dw1 = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
-        db1 = tl.zeros([BLOCK_F], ACC)
-    first = part.to(tl.int64) * rows_per_part
-    last = tl.minimum(first + rows_per_part, M)
-    for start in range(first, last, BLOCK_M):
-        m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
-        in_m = m < last
-        z, a1 = before_norm(
-            x_ptr, m, in_m, w1_ptr, w1, b1, w2_ptr, w2, b2, seed_ptr, threshold, scale,
-            stride_xm, stride_xk, IN, F, H, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H, CHUNKS_IN,
-            RESIDENT, PRECISION, ACC,
-        )  # fmt: skip
-        normalized = (z - mean[None, :]) * rstd[None, :]
-        u = normalized * gamma[None, :] + beta[None, :]
-        da = tl.zeros([BLOCK_M, BLOCK_H], ACC)
-        if CHUNKS_OUT == 1:
-            g = load_rows(g_ptr, m, in_m, 0, OUT, stride_gm, stride_gn, BLOCK_OUT)
-            if not RESIDENT:
-                w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-            da = multiply(g, w3, da, PRECISION)
-        else:
-            for chunk in range(CHUNKS_OUT):
-                at = chunk * BLOCK_OUT
-                g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
-                w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-                da = multiply(g, w, da, PRECISION)
-        du = tl.where(u > 0, da, da * slope)
-        if LAST:
-            a = cast(leaky_relu(u, slope), w3_ptr.dtype.element_ty)
-            if CHUNKS_OUT > 1:
-                g = load_rows(g_ptr, m, in_m, out0, OUT, stride_gm, stride_gn, BLOCK_OUT)
-            dw3 = multiply(tl.trans(g), a, dw3, PRECISION)
-            db3 += tl.sum(g.to(ACC), 0)
-            dbeta += tl.sum(du, 0)
-            # Beyond the last row du is 0, but the rows computed there may hold infinities.
-            dgamma += tl.sum(tl.where(in_m[:, None], du * normalized, 0.0), 0)
-        if MIDDLE or FIRST:
-            if TRAINING:
-                du = du - mean_beta[None, :] - normalized * mean_gamma[None, :]
-            dz = tl.where(in_m[:, None], du * (rstd * gamma)[None, :], 0.0)
-            dz_operand = cast(dz, x_ptr.dtype.element_ty)
-            if MIDDLE:
-                db2 += tl.sum(dz, 0)
-                dw2 = multiply(tl.trans(dz_operand), a1, dw2, PRECISION)
-            if FIRST:
-                if TWO:
-                    if RESIDENT:
-                        middle_w = w2
-                    else:
-                        middle_w = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
-                    zero = tl.zeros([BLOCK_M, BLOCK_F], ACC)
-                    dz = multiply(dz_operand, middle_w, zero, PRECISION)
-                    dz = tl.where(a1 <= 0, 0.0, dz * scale)
-                    dz_operand = cast(dz, x_ptr.dtype.element_ty)
-                db1 += tl.sum(dz, 0)
-                x = load_rows(x_ptr, m, in_m, in0, IN, stride_xm, stride_xk, BLOCK_IN)
-                dw1 = multiply(tl.trans(dz_operand), x, dw1, PRECISION)
-                if dx_ptr is not None:
-                    if RESIDENT:
-                        first_w = w1
-                    else:
-                        first_w = load_weight(w1_ptr, 0, F, in0, IN, BLOCK_F, BLOCK_IN)
-                    zero = tl.zeros([BLOCK_M, BLOCK_IN], ACC)
-                    dx = multiply(dz_operand, first_w, zero, PRECISION)
-                    i = in0 + tl.arange(0, BLOCK_IN)
-                    dx_at = dx_ptr + m[:, None] * IN + i[None, :]
-                    mask = in_m[:, None] & (i < IN)[None, :]
-                    tl.store(dx_at, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
-    if LAST:
-        store_weight(row_ptr + at_w3, dw3, out0, OUT, 0, H)
-        tl.store(row_ptr + at_b3 + out0 + c, db3, mask=out0 + c < OUT)
-        if chunk_out == 0:
-            tl.store(row_ptr + at_gamma + h, dgamma, mask=in_h)
-            tl.store(row_ptr + at_beta + h, dbeta, mask=in_h)
-    if MIDDLE:
-        store_weight(row_ptr + at_w2, dw2, 0, H, 0, F)
-        tl.store(row_ptr + at_b2 + h, db2, mask=in_h)
-    if FIRST:
-        store_weight(row_ptr, dw1, 0, F, in0, IN)
-        if chunk_in == 0:
-            tl.store(row_ptr + at_b1 + f, db1, mask=f < F)
+
+@triton.jit
+def middle_grad(
+    dz, a, w2_ptr, dw2_ptr, at, H, F, da, fresh, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """da + dz @ W2, and dz.T @ a added to dW2, for DEPTH columns of ``dz`` at a time."""
+    if dz.shape[1] > DEPTH:
+        left, right = column_halves(dz)
+        da = middle_grad(left, a, w2_ptr, dw2_ptr, at, H, F, da, fresh, DEPTH, PRECISION)
+        at += dz.shape[1] // 2
+        return middle_grad(right, a, w2_ptr, dw2_ptr, at, H, F, da, fresh, DEPTH, PRECISION)
+    else:
+        dw = tl.zeros([dz.shape[1], a.shape[1]], da.dtype)
+        dw = multiply(tl.trans(dz), a, dw, PRECISION)
+        add_weight(dw2_ptr, dw, at, H, 0, F, fresh)
+        w = load_weight(w2_ptr, at, H, 0, F, dz.shape[1], a.shape[1])
+        return multiply(dz, w, da, PRECISION)
+
+
+@triton.jit
+def weight_product_rows(dz, w_ptr, at, rows, column0, columns, acc, DEPTH: tl.constexpr,
+                        PRECISION: tl.constexpr):  # fmt: skip
+    """acc + dz @ W[at:, column0:], DEPTH columns of ``dz`` and rows of the weight at a time."""
+    if dz.shape[1] > DEPTH:
+        left, right = column_halves(dz)
+        acc = weight_product_rows(left, w_ptr, at, rows, column0, columns, acc, DEPTH, PRECISION)
+        at += dz.shape[1] // 2
+        return weight_product_rows(right, w_ptr, at, rows, column0, columns, acc, DEPTH, PRECISION)
+    else:
+        w = load_weight(w_ptr, at, rows, column0, columns, dz.shape[1], acc.shape[1])
+        return multiply(dz, w, acc, PRECISION)
 
 
 @triton.jit(do_not_specialize=["threshold", "parts", "rows_per_part"])
@@ -166,60 +73,148 @@ def research_net_grad_kernel(
     seed_ptr, part_ptr, dx_ptr, M, IN, F, H, OUT, stride_gm, stride_gn, stride_xm, stride_xk,
     threshold, scale: tl.float64, slope: tl.float64, rows_per_part, parts, row_length,
     at_w2, at_w3, at_b1, at_b2, at_b3, at_gamma, at_beta,
-    LAST: tl.constexpr, REST: tl.constexpr, SPLIT: tl.constexpr, TRAINING: tl.constexpr,
-    PARTS: tl.constexpr, TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    CHUNKS_IN: tl.constexpr, CHUNKS_OUT: tl.constexpr, RESIDENT: tl.constexpr,
+    LAST: tl.constexpr, REST: tl.constexpr, TRAINING: tl.constexpr, PARTS: tl.constexpr,
+    TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_OUT: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients over a part of the rows, into row p of part [parts, row_length].
+    """Gradients over a part of the rows, into row p of part [parts, row_length]. Grid: (parts,).
 
-    Grid: (parts, jobs). Without SPLIT there is one job. With it, one for the middle layer and one
-    for each chunk of the input (if REST), then one for each chunk of the output (if LAST): the
-    sums of one job fill the registers, and each computes the activations for itself.
+    LAST: of W3, b3, gamma and beta. REST: of W1, b1, W2, b2 and the input, which in training need
+    the merged sums of LAST.
     """
-    job = tl.program_id(1)
-    MIDDLE_JOBS: tl.constexpr = 1 if REST and TWO else 0
-    REST_JOBS: tl.constexpr = MIDDLE_JOBS + (CHUNKS_IN if REST else 0)
-    if not SPLIT:
-        _walk(
-            g_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, gamma_ptr, beta_ptr, saved_ptr,
-            seed_ptr, part_ptr, dx_ptr, M, IN, F, H, OUT, stride_gm, stride_gn, stride_xm,
-            stride_xk, threshold, scale, slope, rows_per_part, parts, row_length,
-            at_w2, at_w3, at_b1, at_b2, at_b3, at_gamma, at_beta, 0, 0,
-            LAST, REST and TWO, REST, TRAINING, PARTS, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H,
-            BLOCK_OUT, CHUNKS_IN, CHUNKS_OUT, RESIDENT, PRECISION, ACC,
+    part = tl.program_id(0)
+    row_ptr = part_ptr + part.to(tl.int64) * row_length
+    h = tl.arange(0, BLOCK_H).to(tl.int64)
+    f = tl.arange(0, BLOCK_F)
+    in_h = h < H
+    slope = scalar(slope, ACC)
+    scale = scalar(scale, ACC)
+    if TRAINING and REST:
+        # Means over all rows: what batch norm takes from every row's gradient.
+        rows = scalar(1.0, ACC) * M
+        mean_gamma = merge_rows(part_ptr + at_gamma, row_length, parts, h, in_h, PARTS, ACC) / rows
+        mean_beta = merge_rows(part_ptr + at_beta, row_length, parts, h, in_h, PARTS, ACC) / rows
+    w1 = 0
+    w2 = 0
+    if RESIDENT:
+        w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+        w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+        dw1 = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
+        dw3 = tl.zeros([BLOCK_OUT, BLOCK_H], ACC)
+        db3 = tl.zeros([BLOCK_OUT], ACC)
+        dgamma = tl.zeros([BLOCK_H], ACC)
+        dbeta = tl.zeros([BLOCK_H], ACC)
+        db1 = tl.zeros([BLOCK_F], ACC)
+        if TWO:
+            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
+            dw2 = tl.zeros([BLOCK_H, BLOCK_F], ACC)
+            db2 = tl.zeros([BLOCK_H], ACC)
+    first = part.to(tl.int64) * rows_per_part
+    last = tl.minimum(first + rows_per_part, M)
+    for start in tl.range(first, last, BLOCK_M, disable_licm=not RESIDENT):
+        fresh = start == first
+        m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+        in_m = m < last
+        # A vector of 128 can take 32 registers of every thread, so each block loads them again; a
+        # mask that depends on the block keeps the compiler from doing so once.
+        here = tl.cast(start, tl.int64)
+        b1 = load_vector(b1_ptr, f, (f < F) & (here + 0 * f < last), 0.0, ACC)
+        b2 = load_vector(b2_ptr, h, in_h & (here + 0 * h < last), 0.0, ACC) if TWO else b1
+        z, a1 = before_norm(
+            x_ptr, m, in_m, w1_ptr, w1, b1, w2_ptr, w2, b2, seed_ptr, threshold, scale,
+            stride_xm, stride_xk, IN, F, H, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H, DEPTH,
+            RESIDENT, PRECISION, ACC,
         )  # fmt: skip
-    else:
-        if MIDDLE_JOBS > 0:
-            if job == 0:
-                _walk(
-                    g_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, gamma_ptr, beta_ptr,
-                    saved_ptr, seed_ptr, part_ptr, dx_ptr, M, IN, F, H, OUT, stride_gm, stride_gn,
-                    stride_xm, stride_xk, threshold, scale, slope, rows_per_part, parts,
-                    row_length, at_w2, at_w3, at_b1, at_b2, at_b3, at_gamma, at_beta, 0, 0,
-                    False, True, False, TRAINING, PARTS, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H,
-                    BLOCK_OUT, CHUNKS_IN, CHUNKS_OUT, RESIDENT, PRECISION, ACC,
-                )  # fmt: skip
-        if REST:
-            if (job >= MIDDLE_JOBS) & (job < REST_JOBS):
-                _walk(
-                    g_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, gamma_ptr, beta_ptr,
-                    saved_ptr, seed_ptr, part_ptr, dx_ptr, M, IN, F, H, OUT, stride_gm, stride_gn,
-                    stride_xm, stride_xk, threshold, scale, slope, rows_per_part, parts,
-                    row_length, at_w2, at_w3, at_b1, at_b2, at_b3, at_gamma, at_beta,
-                    job - MIDDLE_JOBS, 0,
-                    False, False, True, TRAINING, PARTS, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H,
-                    BLOCK_OUT, CHUNKS_IN, CHUNKS_OUT, RESIDENT, PRECISION, ACC,
-                )  # fmt: skip
+        mean = tl.load(saved_ptr + h, mask=in_h & (here + 0 * h < last), other=0.0)
+        rstd = tl.load(saved_ptr + H + h, mask=in_h & (here + 0 * h < last), other=0.0)
+        gamma = load_vector(gamma_ptr, h, in_h & (here + 0 * h < last), 1.0, ACC)
+        beta = load_vector(beta_ptr, h, in_h & (here + 0 * h < last), 0.0, ACC)
+        normalized = (z - mean[None, :]) * rstd[None, :]
+        u = normalized * gamma[None, :] + beta[None, :]
+        a = cast(leaky_relu(u, slope), w3_ptr.dtype.element_ty)
+        da = tl.zeros([BLOCK_M, BLOCK_H], ACC)
+        for at in range(0, OUT, BLOCK_OUT):
+            g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
+            if RESIDENT:
+                da = multiply(g, w3, da, PRECISION)
+            else:
+                w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+                da = multiply(g, w, da, PRECISION)
+            if LAST:
+                if RESIDENT:
+                    dw3 = multiply(tl.trans(g), a, dw3, PRECISION)
+                    db3 += tl.sum(g.to(ACC), 0)
+                else:
+                    dw = multiply(tl.trans(g), a, tl.zeros([BLOCK_OUT, BLOCK_H], ACC), PRECISION)
+                    add_weight(row_ptr + at_w3, dw, at, OUT, 0, H, fresh)
+                    add_vector(row_ptr + at_b3, tl.sum(g.to(ACC), 0), at, OUT, fresh)
+        du = tl.where(u > 0, da, da * slope)
         if LAST:
-            if job >= REST_JOBS:
-                _walk(
-                    g_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, gamma_ptr, beta_ptr,
-                    saved_ptr, seed_ptr, part_ptr, dx_ptr, M, IN, F, H, OUT, stride_gm, stride_gn,
-                    stride_xm, stride_xk, threshold, scale, slope, rows_per_part, parts,
-                    row_length, at_w2, at_w3, at_b1, at_b2, at_b3, at_gamma, at_beta,
-                    0, job - REST_JOBS,
-                    True, False, False, TRAINING, PARTS, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H,
-                    BLOCK_OUT, CHUNKS_IN, CHUNKS_OUT, RESIDENT, PRECISION, ACC,
-                )  # fmt: skip
+            sum_beta = tl.sum(du, 0)
+            # Beyond the last row du is 0, but the rows computed there may hold infinities.
+            sum_gamma = tl.sum(tl.where(in_m[:, None], du * normalized, 0.0), 0)
+            if RESIDENT:
+                dbeta += sum_beta
+                dgamma += sum_gamma
+            else:
+                add_vector(row_ptr + at_beta, sum_beta, 0, H, fresh)
+                add_vector(row_ptr + at_gamma, sum_gamma, 0, H, fresh)
+        if REST:
+            if TRAINING:
+                from_beta = tl.where(here + 0 * h < last, mean_beta, 0.0)
+                from_gamma = tl.where(here + 0 * h < last, mean_gamma, 0.0)
+                du = du - from_beta[None, :] - normalized * from_gamma[None, :]
+            dz = tl.where(in_m[:, None], du * (rstd * gamma)[None, :], 0.0)
+            operand = cast(dz, x_ptr.dtype.element_ty)
+            if TWO:
+                sum_b2 = tl.sum(dz, 0)
+                dz = tl.zeros([BLOCK_M, BLOCK_F], ACC)
+                if RESIDENT:
+                    db2 += sum_b2
+                    dw2 = multiply(tl.trans(operand), a1, dw2, PRECISION)
+                    dz = multiply(operand, w2, dz, PRECISION)
+                else:
+                    add_vector(row_ptr + at_b2, sum_b2, 0, H, fresh)
+                    dz = middle_grad(
+                        operand, a1, w2_ptr, row_ptr + at_w2, 0, H, F, dz, fresh, DEPTH, PRECISION
+                    )
+                dz = tl.where(a1 <= 0, 0.0, dz * scale)
+                operand = cast(dz, x_ptr.dtype.element_ty)
+            if RESIDENT:
+                db1 += tl.sum(dz, 0)
+            else:
+                add_vector(row_ptr + at_b1, tl.sum(dz, 0), 0, F, fresh)
+            for at in range(0, IN, BLOCK_IN):
+                x = load_rows(x_ptr, m, in_m, at, IN, stride_xm, stride_xk, BLOCK_IN)
+                if RESIDENT:
+                    dw1 = multiply(tl.trans(operand), x, dw1, PRECISION)
+                else:
+                    dw = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
+                    dw = multiply(tl.trans(operand), x, dw, PRECISION)
+                    add_weight(row_ptr, dw, 0, F, at, IN, fresh)
+                if dx_ptr is not None:
+                    dx = tl.zeros([BLOCK_M, BLOCK_IN], ACC)
+                    if RESIDENT:
+                        dx = multiply(operand, w1, dx, PRECISION)
+                    else:
+                        dx = weight_product_rows(
+                            operand, w1_ptr, 0, F, at, IN, dx, DEPTH, PRECISION
+                        )
+                    i = at + tl.arange(0, BLOCK_IN)
+                    dx_at = dx_ptr + m[:, None] * IN + i[None, :]
+                    mask = in_m[:, None] & (i < IN)[None, :]
+                    tl.store(dx_at, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+        if not RESIDENT:
+            tl.debug_barrier()  # a thread may read next what another one wrote
+    if RESIDENT and LAST:
+        add_weight(row_ptr + at_w3, dw3, 0, OUT, 0, H, True)
+        add_vector(row_ptr + at_b3, db3, 0, OUT, True)
+        add_vector(row_ptr + at_gamma, dgamma, 0, H, True)
+        add_vector(row_ptr + at_beta, dbeta, 0, H, True)
+    if RESIDENT and REST:
+        add_weight(row_ptr, dw1, 0, F, 0, IN, True)
+        add_vector(row_ptr + at_b1, db1, 0, F, True)
+        if TWO:
+            add_weight(row_ptr + at_w2, dw2, 0, H, 0, F, True)
+            add_vector(row_ptr + at_b2, db2, 0, H, True)

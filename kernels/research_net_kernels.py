@@ -1,15 +1,16 @@
 """The whole network on chip: what the launchers in research_net.py run.
 
 A program walks blocks of rows. RESIDENT weights are loaded once, before the walk; those too large
-for the registers, and a first or last layer wider than a chunk, come from the cache for each block.
-Activations live in registers and shared memory only, and backward computes them again from the
-input.
+for the registers come from the cache for each block, a slice of the depth at a time: a product that
+held its whole operand would spill. Activations live in registers and shared memory only, and
+backward computes them again from the input.
 
 Dimensions: IN -> F -> H -> OUT, with BatchNorm on H; without a middle layer F is H.
     first   W1 [F, IN], ReLU and dropout if there is a middle layer
     middle  W2 [H, F], if TWO
     last    W3 [OUT, H]
-Each is padded to a power of two from 16: BLOCK_IN and BLOCK_OUT are chunks of IN and OUT.
+Each is padded to a power of two from 16: BLOCK_IN and BLOCK_OUT are chunks of IN and OUT, and DEPTH
+is the slice of a hidden width that a product takes at a time.
 """
 
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 
 from .batch_norm_leaky_relu import RUNNING, leaky_relu, load_vector, reciprocal_std, update_running
 from .launch import cast, divide, scalar
-from .matmul import multiply
+from .matmul import column_halves, multiply
 from .moments import merge_parts, store_part
 from .philox import dropout
 
@@ -40,34 +41,61 @@ def load_rows(ptr, m, in_m, column0, columns, stride_m, stride_k, COLUMNS: tl.co
 
 
 @triton.jit
+def first_product(
+    x_ptr, m, in_m, w1_ptr, stride_xm, stride_xk, IN, F, BLOCK_M: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x @ W1.T for a block of rows [BLOCK_M, BLOCK_F], a chunk of the input at a time."""
+    z = tl.zeros([BLOCK_M, BLOCK_F], ACC)
+    for at in range(0, IN, BLOCK_IN):
+        x = load_rows(x_ptr, m, in_m, at, IN, stride_xm, stride_xk, BLOCK_IN)
+        w = load_weight(w1_ptr, 0, F, at, IN, BLOCK_F, BLOCK_IN)
+        z = multiply(x, tl.trans(w), z, PRECISION)
+    return z
+
+
+@triton.jit
+def weight_product(a, w_ptr, row0, rows, at, columns, acc, DEPTH: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """acc + a @ W[row0:, at:].T, DEPTH columns of ``a`` and of the weight at a time."""
+    if a.shape[1] > DEPTH:
+        left, right = column_halves(a)
+        acc = weight_product(left, w_ptr, row0, rows, at, columns, acc, DEPTH, PRECISION)
+        middle = at + a.shape[1] // 2
+        return weight_product(right, w_ptr, row0, rows, middle, columns, acc, DEPTH, PRECISION)
+    else:
+        w = load_weight(w_ptr, row0, rows, at, columns, acc.shape[1], a.shape[1])
+        return multiply(a, tl.trans(w), acc, PRECISION)
+
+
+@triton.jit
 def before_norm(
     x_ptr, m, in_m, w1_ptr, w1, b1, w2_ptr, w2, b2, seed_ptr, threshold, scale,
     stride_xm, stride_xk, IN, F, H, TWO: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr,
-    CHUNKS_IN: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr, DEPTH: tl.constexpr,
+    RESIDENT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What the batch norm sees of a block of rows [BLOCK_M, H], and the first layer's output."""
-    z = tl.zeros([BLOCK_M, BLOCK_F], ACC)
-    if CHUNKS_IN == 1:
+    if RESIDENT:
         x = load_rows(x_ptr, m, in_m, 0, IN, stride_xm, stride_xk, BLOCK_IN)
-        if not RESIDENT:
-            w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
-        z = multiply(x, tl.trans(w1), z, PRECISION)
+        z = multiply(x, tl.trans(w1), tl.zeros([BLOCK_M, BLOCK_F], ACC), PRECISION)
     else:
-        for chunk in range(CHUNKS_IN):
-            x = load_rows(x_ptr, m, in_m, chunk * BLOCK_IN, IN, stride_xm, stride_xk, BLOCK_IN)
-            w = load_weight(w1_ptr, 0, F, chunk * BLOCK_IN, IN, BLOCK_F, BLOCK_IN)
-            z = multiply(x, tl.trans(w), z, PRECISION)
+        z = first_product(
+            x_ptr, m, in_m, w1_ptr, stride_xm, stride_xk, IN, F, BLOCK_M, BLOCK_IN, BLOCK_F,
+            PRECISION, ACC,
+        )  # fmt: skip
     z += b1[None, :]
     if TWO:
         z = tl.where(z <= 0, 0.0, z)
         if seed_ptr is not None:
             z = dropout(z, seed_ptr, m, 0, 0, threshold, scale, BLOCK_F)
         a = cast(z, w2_ptr.dtype.element_ty)
-        if not RESIDENT:
-            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
         zero = tl.zeros([BLOCK_M, BLOCK_H], ACC)
-        return multiply(a, tl.trans(w2), zero, PRECISION) + b2[None, :], a
+        if RESIDENT:
+            z = multiply(a, tl.trans(w2), zero, PRECISION)
+        else:
+            z = weight_product(a, w2_ptr, 0, H, 0, F, zero, DEPTH, PRECISION)
+        return z + b2[None, :], a
     else:
         return z, z
 
@@ -77,8 +105,8 @@ def research_net_statistics_kernel(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, seed_ptr, part_ptr, M, IN, F, H,
     stride_xm, stride_xk, threshold, scale: tl.float64, rows_per_part, parts,
     TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_H: tl.constexpr, CHUNKS_IN: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Moments of the batch norm's input over a part of the rows. Grid: (parts,)."""
     part = tl.program_id(0)
@@ -99,12 +127,12 @@ def research_net_statistics_kernel(
     shift = tl.zeros([BLOCK_H], ACC)
     sums = tl.zeros([BLOCK_H], ACC)
     squares = tl.zeros([BLOCK_H], ACC)
-    for start in range(first, last, BLOCK_M):
+    for start in tl.range(first, last, BLOCK_M, disable_licm=not RESIDENT):
         m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         in_m = m < last
         z, _ = before_norm(
             x_ptr, m, in_m, w1_ptr, w1, b1, w2_ptr, w2, b2, seed_ptr, threshold, scale,
-            stride_xm, stride_xk, IN, F, H, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H, CHUNKS_IN,
+            stride_xm, stride_xk, IN, F, H, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H, DEPTH,
             RESIDENT, PRECISION, ACC,
         )  # fmt: skip
         if start == first:
@@ -129,8 +157,8 @@ def research_net_kernel(
     scale: tl.float64, momentum: tl.float64, eps: tl.float64, slope: tl.float64,
     rows_per_part, parts, STATISTICS: tl.constexpr, TWO: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, CHUNKS_IN: tl.constexpr, CHUNKS_OUT: tl.constexpr,
-    RESIDENT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The network's output for a part of the rows. Grid: (parts,).
 
@@ -172,34 +200,27 @@ def research_net_kernel(
     b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
     b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
     c = tl.arange(0, BLOCK_OUT)
-    if RESIDENT and CHUNKS_OUT == 1:
+    if RESIDENT:
         w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-    b3 = load_vector(b3_ptr, c, c < OUT, 0.0, ACC)
     first = part.to(tl.int64) * rows_per_part
     last = tl.minimum(first + rows_per_part, M)
-    for start in range(first, last, BLOCK_M):
+    for start in tl.range(first, last, BLOCK_M, disable_licm=not RESIDENT):
         m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         in_m = m < last
         z, _ = before_norm(
             x_ptr, m, in_m, w1_ptr, w1, b1, w2_ptr, w2, b2, seed_ptr, threshold, scale,
-            stride_xm, stride_xk, IN, F, H, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H, CHUNKS_IN,
+            stride_xm, stride_xk, IN, F, H, TWO, BLOCK_M, BLOCK_IN, BLOCK_F, BLOCK_H, DEPTH,
             RESIDENT, PRECISION, ACC,
         )  # fmt: skip
         u = (z - mean[None, :]) * rstd[None, :] * gamma[None, :] + beta[None, :]
         a = cast(leaky_relu(u, slope), w3_ptr.dtype.element_ty)
-        y_at = y_ptr + m[:, None] * OUT + c[None, :]
-        if CHUNKS_OUT == 1:
-            if not RESIDENT:
-                w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-            zero = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
-            y = multiply(a, tl.trans(w3), zero, PRECISION) + b3[None, :]
-            tl.store(y_at, cast(y, y_ptr.dtype.element_ty), mask=in_m[:, None] & (c < OUT)[None, :])
-        else:
-            for chunk in range(CHUNKS_OUT):
-                at = chunk * BLOCK_OUT
-                w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-                b = load_vector(b3_ptr, at + c, at + c < OUT, 0.0, ACC)
-                zero = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
-                y = multiply(a, tl.trans(w), zero, PRECISION) + b[None, :]
-                mask = in_m[:, None] & (at + c < OUT)[None, :]
-                tl.store(y_at + at, cast(y, y_ptr.dtype.element_ty), mask=mask)
+        for at in range(0, OUT, BLOCK_OUT):
+            y = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
+            if RESIDENT:
+                y = multiply(a, tl.trans(w3), y, PRECISION)
+            else:
+                y = weight_product(a, w3_ptr, at, OUT, 0, H, y, DEPTH, PRECISION)
+            y += load_vector(b3_ptr, at + c, at + c < OUT, 0.0, ACC)[None, :]
+            y_at = y_ptr + m[:, None] * OUT + (at + c)[None, :]
+            mask = in_m[:, None] & (at + c < OUT)[None, :]
+            tl.store(y_at, cast(y, y_ptr.dtype.element_ty), mask=mask)

@@ -47,17 +47,15 @@ def test_report(case: gpu_report.Case, chip: str, request: pytest.FixtureRequest
         request.applymarker(pytest.mark.slow)
     for _, kernel in gpu_report.report([chip], [case]):
         assert kernel.fits, f"{kernel.name}: {kernel.shared} bytes of shared memory"
-        if (
-            kernel.spilled
-        ):  # a known miss of the products at "highest" precision, see docs/triton.md
+        if kernel.spilled and kernel.name.startswith("research_net"):
+            # Known at 128 hidden units on NVIDIA, see docs/triton.md.
             pytest.xfail(f"{kernel.name} spills {kernel.spilled} bytes on {chip}")
+        assert kernel.spilled == 0, f"{kernel.name}: {kernel.spilled} bytes spilled"
         product = kernel.name.startswith(("linear_relu", "research_net"))
         if case.matrix and product:
             found = set(kernel.matrix.split("+"))
             assert found & MATRIX[chip], f"{kernel.name}: no matrix instruction"
         if case.streaming:
-            if chip == "gfx942" and not kernel.wide_loads:
-                pytest.xfail(f"{kernel.name} loads fewer than 128 bits at a time on {chip}")
             assert kernel.wide_loads > 0, f"{kernel.name}: no 128-bit load"
             writes = "sums" not in kernel.name and "moments" not in kernel.name
             if writes and not ("eval" in case.shape and "grad" in kernel.name):
