@@ -13,6 +13,7 @@ _COMMANDS = {
     "compare": ("compare", "main"),
     "report": ("report", "main"),
     "overhead": ("overhead", "main"),
+    "compile": ("compile_cost", "main"),
     "docs": ("docs", "main"),
     "gpu-report": ("gpu_command", "main"),
 }

@@ -14,6 +14,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from . import backends, functional, ops
 from .backends import use_backend
+from .export import decompose
 from .fuse import FuseReport, fuse, unfuse
 from .modules import (
     BatchNormLeakyReLU,
@@ -34,6 +35,7 @@ __all__ = [
     "LinearReLU",
     "Normalize",
     "__version__",
+    "decompose",
     "functional",
     "fuse",
     "ops",

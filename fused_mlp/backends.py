@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import _build, reference
+from . import _build, notice, reference
 from .ops.schemas import KERNEL_SCHEMAS, KERNELS, kernels_library
 
 NAMES = ("auto", "native", "triton", "reference")
@@ -349,7 +349,21 @@ def saved_numel(
 
 # ------------------------------------------------------------------------------- at import
 
-_register(kernels_library, "CompositeExplicitAutograd", _implementation("reference"))
+
+def _elsewhere(kernel: str) -> Callable[..., Any]:
+    """Return the reference for devices that no backend serves."""
+    reference_kernel = _plain_kernel(kernel)
+
+    def run(*arguments: Any) -> Any:
+        device = arguments[0].device.type
+        if device not in _KEYS:
+            notice.reference_runs(device)
+        return reference_kernel(*arguments)
+
+    return run
+
+
+_register(kernels_library, "CompositeExplicitAutograd", _elsewhere)
 
 
 def start() -> None:

@@ -377,6 +377,13 @@ def test_the_docs_page_has_its_marks() -> None:
 # ----------------------------------------------------------------------------- command line
 
 
+def test_compile_shows_what_compiling_adds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "--smoke"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [row[0].strip() for row in rows] == ["mode", "---", "train", "eval"]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:3])
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

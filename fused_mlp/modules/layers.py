@@ -142,7 +142,7 @@ class BatchNormLeakyReLU(CachingModule, _NormBase):
         return f"{super().extra_repr()}, negative_slope={self.negative_slope}"
 
 
-class Normalize(nn.Module):
+class Normalize(CachingModule):
     """Standardise: ``(input - input.mean(dim)) / (input.std(dim, correction) + eps)``.
 
     Args:

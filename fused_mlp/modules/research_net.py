@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..eager import IntelligentResearchNetwork
 from .sequential import FusedSequential, run_ready
 
 
@@ -82,3 +83,9 @@ class FusedResearchNet(nn.Module):
         """Return the output of shape (N, output_dimensions) for input (N, input_dimensions)."""
         output: Tensor = self.research_layers(input)
         return output
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what TorchScript can compile once ``research_layers`` are unfused."""
+        plain = nn.Module.__new__(IntelligentResearchNetwork)
+        plain.__dict__.update(self.__dict__)
+        return plain

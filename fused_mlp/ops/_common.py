@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from .. import notice
+from .schemas import KERNELS, kernels_library
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -27,17 +32,62 @@ def grad_needed(*tensors: Tensor | None) -> bool:
     return False
 
 
-def use_formula(input: Tensor) -> bool:
+def use_formula(*tensors: Tensor | None) -> bool:
     """Return whether to run the differentiable formula instead of a kernel.
 
-    ``torch.func`` transforms and forward-mode AD trace through the formula, and autocast chooses
-    the dtypes of the steps it sees.
+    ``torch.func`` transforms and forward-mode AD trace through the formula, autocast chooses the
+    dtypes of the steps it sees, and a tensor subclass knows torch's own ops.
+
+    Args:
+        tensors: what the op takes, the input first.
     """
     return (
         torch._C._are_functorch_transforms_active()
-        or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type))
+        or (torch._C._is_any_autocast_enabled() and _under_autocast(tensors[0]))
         or (torch._C._is_fwd_grad_enabled() and torch.autograd.forward_ad._current_level >= 0)
+        or _formula_alone
+        or any(map(_is_foreign, tensors))
     )
+
+
+def _under_autocast(input: Tensor | None) -> bool:
+    return input is not None and torch.is_autocast_enabled(input.device.type)
+
+
+def _is_foreign(tensor: Tensor | None) -> bool:
+    """Return whether a tensor is of a class that is neither torch's plain ones nor a tracer's."""
+    kind = type(tensor)
+    return (
+        kind is not Tensor
+        and kind is not Parameter
+        and tensor is not None
+        and not kind.__module__.startswith("torch._subclasses.")  # FakeTensor, FunctionalTensor
+    )
+
+
+_formula_alone = False
+
+
+@contextlib.contextmanager
+def formula_alone() -> Iterator[None]:
+    """Inside the ``with`` block the public ops run their formula, in every thread."""
+    global _formula_alone
+    before, _formula_alone = _formula_alone, True
+    try:
+        yield
+    finally:
+        _formula_alone = before
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """Register what a raw kernel gives for tensors without values: tracers' and meta ones."""
+
+    def with_notice(*arguments: Any) -> Any:
+        if type(arguments[0]) in (Tensor, Parameter) and arguments[0].is_meta:
+            notice.reference_runs("meta")
+        return fake(*arguments)
+
+    torch.library.register_fake(f"{KERNELS}::{name}", with_notice, lib=kernels_library)
 
 
 def differentiate_formula(

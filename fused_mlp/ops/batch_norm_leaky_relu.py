@@ -20,10 +20,11 @@ from ._common import (
     differentiate_formula,
     grad_needed,
     mark_written,
+    register_fake,
     spread,
     use_formula,
 )
-from .schemas import kernels_library, public_library
+from .schemas import public_library
 
 _forward = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default
 _backward = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu_backward.default
@@ -126,7 +127,7 @@ def batch_norm_leaky_relu(
         check_number("batch_norm_leaky_relu", "momentum", momentum)
     if type(negative_slope) is not float:
         check_number("batch_norm_leaky_relu", "negative_slope", negative_slope)
-    if use_formula(input):
+    if use_formula(input, weight, bias):
         return _formula(
             input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
             eps, negative_slope,
@@ -305,8 +306,6 @@ def _fake_backward(
     ]
 
 
-torch.library.register_fake("fused_mlp_kernels::batch_norm_leaky_relu", _fake, lib=kernels_library)
-torch.library.register_fake(
-    "fused_mlp_kernels::batch_norm_leaky_relu_backward", _fake_backward, lib=kernels_library
-)
+register_fake("batch_norm_leaky_relu", _fake)
+register_fake("batch_norm_leaky_relu_backward", _fake_backward)
 public_library.impl("batch_norm_leaky_relu", batch_norm_leaky_relu, "CompositeImplicitAutograd")

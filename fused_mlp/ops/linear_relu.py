@@ -20,10 +20,11 @@ from ._common import (
     check_seed,
     check_tensor,
     grad_needed,
+    register_fake,
     spread,
     use_formula,
 )
-from .schemas import kernels_library, public_library
+from .schemas import public_library
 
 _forward = torch.ops.fused_mlp_kernels.linear_relu.default
 _backward = torch.ops.fused_mlp_kernels.linear_relu_backward.default
@@ -73,7 +74,7 @@ def linear_relu(
         seed = None
     elif seed is None:
         seed = draw_seed(input.device)
-    if use_formula(input):
+    if use_formula(input, weight, bias):
         return reference.linear_relu_formula(input, weight, bias, dropout_p, seed)
     if grad_needed(input, weight, bias):
         return LinearReLUFunction.apply(input, weight, bias, dropout_p, seed)
@@ -123,8 +124,6 @@ def _fake_backward(
     return [input.new_empty(s) for s, wanted in zip(shapes, output_mask, strict=True) if wanted]
 
 
-torch.library.register_fake("fused_mlp_kernels::linear_relu", _fake, lib=kernels_library)
-torch.library.register_fake(
-    "fused_mlp_kernels::linear_relu_backward", _fake_backward, lib=kernels_library
-)
+register_fake("linear_relu", _fake)
+register_fake("linear_relu_backward", _fake_backward)
 public_library.impl("linear_relu", linear_relu, "CompositeImplicitAutograd")

@@ -16,9 +16,10 @@ from ._common import (
     check_tensor,
     differentiate_formula,
     grad_needed,
+    register_fake,
     use_formula,
 )
-from .schemas import kernels_library, public_library
+from .schemas import public_library
 
 _forward = torch.ops.fused_mlp_kernels.normalize.default
 _backward = torch.ops.fused_mlp_kernels.normalize_backward.default
@@ -137,8 +138,6 @@ def _fake_backward(
     return input.new_empty(input.shape)
 
 
-torch.library.register_fake("fused_mlp_kernels::normalize", _fake, lib=kernels_library)
-torch.library.register_fake(
-    "fused_mlp_kernels::normalize_backward", _fake_backward, lib=kernels_library
-)
+register_fake("normalize", _fake)
+register_fake("normalize_backward", _fake_backward)
 public_library.impl("normalize", normalize, "CompositeImplicitAutograd")

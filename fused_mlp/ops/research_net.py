@@ -27,12 +27,13 @@ from ._common import (
     differentiate_formula,
     grad_needed,
     mark_written,
+    register_fake,
     spread,
     use_formula,
 )
 from .batch_norm_leaky_relu import batch_norm_leaky_relu, check_norm
 from .linear_relu import linear_relu
-from .schemas import kernels_library, public_library
+from .schemas import public_library
 
 _forward = torch.ops.fused_mlp_kernels.research_net.default
 _backward = torch.ops.fused_mlp_kernels.research_net_backward.default
@@ -163,7 +164,9 @@ def research_net(
         seed = None
     elif seed is None:
         seed = draw_seed(input.device)
-    if use_formula(input) or not backends.fits(input, weights):
+    if use_formula(input, *weights, *biases, bn_weight, bn_bias) or not backends.fits(
+        input, weights
+    ):
         return _op_by_op(
             input, weights, biases, bn_weight, bn_bias, running_mean, running_var, training,
             dropout_p, seed, momentum, eps, negative_slope, num_batches_tracked,
@@ -225,7 +228,9 @@ def _op_by_op(
     hidden = input
     for layer, p in enumerate(dropout_p):
         # The offset of the seed stands for the layer, so the masks are those of the whole op.
-        layer_seed = None if seed is None else seed + seed.new_tensor([0, layer])
+        layer_seed = seed
+        if seed is not None and layer:  # from its elements: a program cannot hold a new constant
+            layer_seed = torch.stack([seed[0], seed[1] + layer])
         hidden = linear_relu(hidden, weights[layer], biases[layer], p, layer_seed)
     hidden = batch_norm_leaky_relu(
         F.linear(hidden, weights[-2], biases[-2]), running_mean, running_var, bn_weight, bn_bias,
@@ -335,8 +340,6 @@ def _fake_backward(
     return [t.new_empty(t.shape) for t, wanted in zip(like, output_mask, strict=True) if wanted]
 
 
-torch.library.register_fake("fused_mlp_kernels::research_net", _fake, lib=kernels_library)
-torch.library.register_fake(
-    "fused_mlp_kernels::research_net_backward", _fake_backward, lib=kernels_library
-)
+register_fake("research_net", _fake)
+register_fake("research_net_backward", _fake_backward)
 public_library.impl("research_net", research_net, "CompositeImplicitAutograd")

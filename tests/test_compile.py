@@ -1,0 +1,163 @@
+"""torch.compile: whole graphs, any batch size, every mode, and training like the eager network."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from support.drop_in import KINDS, drop_in, rows
+from support.networks import assert_same_step
+from torch._dynamo.testing import CompileCounterWithBackend
+
+pytestmark = pytest.mark.usefixtures("target")
+kinds = pytest.mark.parametrize("kind", KINDS)
+modes = pytest.mark.parametrize("mode", ["train", "eval"])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """A graph compiled over one backend, from torch's caches too, does not fit the other."""
+    torch.compiler.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+def pair_in(kind, mode, device, dropout=0.0):
+    eager, fused = drop_in(kind, dropout, device=device)
+    return eager.train(mode == "train"), fused.train(mode == "train")
+
+
+class Compiled(torch.nn.Module):
+    """A network that runs compiled under its own parameter names."""
+
+    def __init__(self, net, **options):
+        super().__init__()
+        self.call = torch.compile(net, fullgraph=True, **options)
+        self.named_parameters = net.named_parameters
+        self.named_buffers = net.named_buffers
+
+    def forward(self, input):
+        return self.call(input)
+
+
+@kinds
+@modes
+def test_no_graph_break(kind, mode, device):
+    _, fused = pair_in(kind, mode, device)
+    explained = torch._dynamo.explain(fused)(rows(device=device))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+    calls = [str(op) for graph in explained.graphs for op in (n.target for n in graph.graph.nodes)]
+    assert [c.split(".")[-1] for c in calls if c.startswith("fused_mlp")] == KINDS[kind]
+
+
+@kinds
+@modes
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_batch_size_may_change_without_recompiling(kind, mode, device, dynamic):
+    eager, fused = pair_in(kind, mode, device)
+    counter = CompileCounterWithBackend("inductor" if dynamic is None else "aot_eager")
+    compiled = Compiled(fused, backend=counter, dynamic=dynamic)
+    frames = []
+    for count in (16, 2, 33, 5, 128, 64):
+        for net in (eager, fused):
+            net.zero_grad()
+        assert_same_step(eager, compiled, rows(count, device), rtol=1e-3, atol=1e-4)
+        frames.append(counter.frame_count)
+    assert len(set(frames if dynamic else frames[1:])) == 1, frames  # a second size settles it
+    if mode == "eval":
+        one = rows(1, device)
+        torch.testing.assert_close(compiled(one), eager(one), rtol=1e-4, atol=1e-5)
+
+
+def slow_for_a_lone_linear(kind):
+    """With a lone Linear in it, max-autotune generates and times C++ for seconds."""
+    return pytest.param(kind, marks=[pytest.mark.slow] if kind != "FusedResearchNet" else [])
+
+
+@kinds
+@modes
+def test_reduce_overhead(kind, mode, device):
+    check_mode(kind, mode, "reduce-overhead", device)
+
+
+@pytest.mark.parametrize("kind", [*map(slow_for_a_lone_linear, KINDS)])
+@modes
+def test_max_autotune(kind, mode, device):
+    check_mode(kind, mode, "max-autotune", device)
+
+
+def check_mode(kind, mode, how, device):
+    eager, fused = pair_in(kind, mode, device)
+    compiled = Compiled(fused, mode=how)
+    for _ in range(3):
+        for net in (eager, fused):
+            net.zero_grad()
+        assert_same_step(eager, compiled, rows(device=device), rtol=1e-3, atol=1e-4)
+
+
+@kinds
+def test_compiled_training_follows_eager_training(kind, device):
+    eager, fused = pair_in(kind, "train", device)
+    for net in (eager, fused):
+        net.double()
+        step = torch.compile(net, fullgraph=True, backend="aot_eager") if net is fused else net
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        for seed in range(5):
+            optimizer.zero_grad()
+            step(rows(device=device, seed=seed).double()).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(fused.state_dict(), eager.state_dict(), rtol=1e-7, atol=1e-9)
+
+
+@kinds
+def test_compiled_dropout_draws_the_masks_of_the_module(kind, device):
+    _, fused = pair_in(kind, "train", device, dropout=0.5)
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True)
+    outputs = []
+    for net in (fused, compiled):
+        torch.manual_seed(11)
+        outputs.append([net(rows(device=device)) for _ in range(3)])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(outputs[1][0], outputs[1][1])
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_under_autocast_gives_eagers_dtypes(kind, dtype, device):
+    eager, fused = pair_in(kind, "eval", device)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device.type, dtype):
+        output, expected = compiled(rows(device=device)), eager(rows(device=device))
+    assert output.dtype == expected.dtype
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
+
+
+@kinds
+def test_module_compiled_in_place_runs_the_fused_ops(kind, device):
+    """``module.compile()`` replaces the call, not the object."""
+    eager, fused = pair_in(kind, "train", device)
+    fused.compile(fullgraph=True, backend="aot_eager")
+    assert_same_step(eager, fused, rows(device=device), rtol=1e-3, atol=1e-4)
+    with torch.profiler.profile() as profile:
+        fused(rows(device=device))
+    seen = [event.name for event in profile.events()]
+    assert [name for name in seen if name.startswith("fused_mlp_kernels::")] == [
+        f"fused_mlp_kernels::{name}" for name in KINDS[kind]
+    ]
+
+
+@kinds
+def test_compiled_gradient_penalty_in_an_eager_backward_is_refused_as_for_eager(kind, device):
+    """Double backward through a compiled graph is torch's own limit."""
+    for net in pair_in(kind, "train", device):
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        x = rows(device=device).requires_grad_()
+        (slope,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            slope.square().sum().backward()
