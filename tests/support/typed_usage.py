@@ -25,7 +25,8 @@ def modules(x: Tensor) -> Tensor:
     layer: FusedSequential = net.research_layers
     whole: Tensor = Normalize((0, 1), eps=1e-3)(layer(x))
     first: nn.Module = container[0]
-    return whole + first(x)
+    result: Tensor = whole + first(x)
+    return result
 
 
 def fusing(model: nn.Module) -> nn.Module:
