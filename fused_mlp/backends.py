@@ -293,9 +293,10 @@ def _settle(device: str) -> None:
 
 # -------------------------------------------------------------------- research_net on chip
 
-# A block of rows and its activations at every width must stay in a core's cache: 256 columns
-# keep 64 rows of three layers under 200 kB.
-CPU_MAX_WIDTH = 256
+# Up to this width a block of rows and its activations stay in a core's cache: 256 columns keep 64
+# rows of three layers under 200 kB. With a wider layer the CPU kernels run layer by layer.
+CPU_CACHE_WIDTH = 256
+_WIDE_DTYPES = (torch.float32, torch.float64)
 # Below this many input columns the first layer is computed again in backward: its mask is stored,
 # one bit an element, in place of its output.
 CPU_RECOMPUTE_WIDTH = 32
@@ -306,12 +307,22 @@ def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
     backend = active_backend(input.device.type)
     widths = [weights[0].shape[1], *(w.shape[0] for w in weights)]
     if backend == "native" and input.device.type == "cpu":
-        return max(widths) <= CPU_MAX_WIDTH and min(widths) > 0
+        if max(widths) <= CPU_CACHE_WIDTH:
+            return min(widths) > 0
+        # Half precision is left to the library where products weigh most: see linear_relu.cpp.
+        return min(widths) > 0 and input.dtype in _WIDE_DTYPES and _runs_wide()
     if backend == "triton":
         return bool(_triton_module("research_net").fits(widths, input.dtype))
     if backend == "native":
         return bool(_cuda_fits(widths, input))
     return True
+
+
+@functools.cache
+def _runs_wide() -> bool:
+    function = ctypes.CDLL(_native("cpu").path).fused_mlp_runs_wide
+    function.restype = ctypes.c_bool
+    return bool(function())
 
 
 def _cuda_fits(widths: Sequence[int], input: Tensor) -> bool:
@@ -337,10 +348,12 @@ def saved_numel(
         return 2 * channels
     rows = input.shape[0]
     itemsize = reference.accumulate_dtype(input.dtype).itemsize
+    widest = max(weights[0].shape[1], *(w.shape[0] for w in weights))
+    wide = widest > CPU_CACHE_WIDTH and input.dtype in _WIDE_DTYPES
     numel = 2 * channels + rows * channels
     for layer, p in enumerate(dropout_p):
         width = weights[layer].shape[0]
-        if layer > 0 or weights[0].shape[1] > CPU_RECOMPUTE_WIDTH:
+        if layer > 0 or wide or weights[0].shape[1] > CPU_RECOMPUTE_WIDTH:
             numel += rows * width
         elif p > 0 and seed is not None:
             numel += -(-rows * -(-width // 8) // itemsize)

@@ -22,7 +22,8 @@ from support import (
 
 from fused_mlp.functional import linear_relu
 
-TRIPLES = [*odd_triples(), (1, 10, 64), (32, 10, 64), (7, 64, 32), (5, 1, 1), (1, 1, 300)]
+TRIPLES = [*odd_triples(), (1, 10, 64), (32, 10, 64), (7, 64, 32), (5, 1, 1), (1, 1, 300),
+           (230, 300, 270)]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

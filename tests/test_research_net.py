@@ -84,8 +84,17 @@ def test_dtypes(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...
 @pytest.mark.parametrize("widths", WIDE, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_wide(device: torch.device, training: bool, widths: tuple[int, ...]) -> None:
-    """Beyond a backend's widths the network runs op by op: the same function."""
+    """Beyond the cache, or a backend's widths, it runs layer by layer: the same function."""
     check_case(research_case(9 if INTERPRETED else 70, widths, training, 0.3, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_wide_many_rows(device: torch.device, training: bool, dtype: torch.dtype) -> None:
+    rows = 9 if INTERPRETED else 301  # three blocks of rows
+    widths = (270, 300, 280, 33)
+    check_case(research_case(rows, widths, training, 0.3, dtype=dtype, device=device))
+    check_case(research_case(rows, (12, 300, 7), training, dtype=dtype, device=device))
 
 
 @pytest.mark.usefixtures("all_threads")

@@ -24,8 +24,8 @@ CASES: dict[str, Callable[..., Case]] = {
     "normalize-rows": lambda **o: normalize_case((ROWS, 33), (1,), **o),
     "normalize-few-long": lambda **o: normalize_case((3, ROWS * 5), (1,), **o),
     "linear_relu": lambda **o: linear_case((ROWS, 33), 65, p=0.3, **o),
-    # Wider layers take torch's matrix product, whose bits are torch's affair.
     "linear_relu-wide": lambda **o: linear_case((ROWS // 4, 256), 256, p=0.3, **o),
+    "linear_relu-beyond": lambda **o: linear_case((ROWS // 4, 300), 270, p=0.3, **o),
     "linear_relu-narrow": lambda **o: linear_case((ROWS, 65), 1, **o),
     "batch_norm-train": lambda **o: batch_norm_case((ROWS, 33), True, **o),
     "batch_norm-eval": lambda **o: batch_norm_case((ROWS, 33), False, **o),
@@ -33,6 +33,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "batch_norm-few-rows": lambda **o: batch_norm_case((3, ROWS), True, **o),
     "research_net-train": lambda **o: research_case(ROWS, (10, 64, 32, 5), True, 0.3, **o),
     "research_net-deep": lambda **o: research_case(ROWS, (33, 40, 30, 20, 5), True, 0.3, **o),
+    "research_net-wide": lambda **o: research_case(ROWS // 4, (40, 270, 300, 9), True, 0.3, **o),
     "research_net-eval": lambda **o: research_case(ROWS, (10, 64, 32, 5), False, **o),
 }
 

@@ -51,6 +51,11 @@ const Kernels& kernels() {
 
 }  // namespace fused_mlp
 
+// Whether networks of any width run in one op, in float32 and float64 (fused_mlp/backends.py).
+extern "C" __attribute__((visibility("default"))) bool fused_mlp_runs_wide() {
+  return fused_mlp::kernels().wide;
+}
+
 // For `python -m fused_mlp doctor`.
 extern "C" __attribute__((visibility("default"))) const char* fused_mlp_isa() {
   return fused_mlp::kernels().isa;

@@ -1,17 +1,20 @@
-// linear_relu on the CPU: our kernels where the weight stays in the cache, torch's matrix product
-// with our passes before and after it beyond.
+// linear_relu on the CPU: our kernels, or where those would lose torch's matrix product with our
+// passes before and after it.
 
 #include "cpu/ops.h"
 
 namespace fused_mlp {
 namespace {
 
-// The widest side of a weight our kernels multiply by. They beat the library's product where its
-// call and the separate passes weigh most.
+// The widest side of a weight our kernels multiply by in any case: they beat the library's product
+// where its call and the separate passes weigh most. Wider ones they take where they have FMA; the
+// library's half-precision product runs on instructions that ours does not use.
 constexpr int64_t kOwnWidth = 256;
 
-bool runs_own(int64_t in_features, int64_t out_features) {
-  return in_features <= kOwnWidth && out_features <= kOwnWidth;
+bool runs_own(const LinearReLU& op) {
+  const bool single = op.dtype == DType::kFloat32 || op.dtype == DType::kFloat64;
+  return (op.in_features <= kOwnWidth && op.out_features <= kOwnWidth) ||
+         (single && kernels().wide);
 }
 
 // A matrix whose rows are contiguous: the tensor as [rows, columns], copied if it must be.
@@ -54,7 +57,7 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, const std::optiona
                   "linear_relu: bias must be a CPU tensor of out_features elements");
   std::vector<int64_t> sizes = sizes_of(input);
   sizes.back() = op.out_features;
-  if (!runs_own(op.in_features, op.out_features)) {
+  if (!runs_own(op)) {
     const Tensor output = linear(input, weight, bias);
     kernels().relu_dropout(
         {op.dtype, op.rows, op.out_features, output.mutable_data_ptr(), op.dropout});
@@ -99,7 +102,7 @@ std::vector<Tensor> linear_relu_backward(const Tensor& grad_output, const Tensor
     gradients.push_back(new_empty_cpu(sizes, input.scalar_type()));
     return gradients.back().mutable_data_ptr();
   };
-  if (!runs_own(net.in_features, net.out_features)) {
+  if (!runs_own(net)) {
     const Tensor gated = new_empty_cpu({net.rows, net.out_features}, input.scalar_type());
     Tensor grad_bias;
     if (output_mask[2]) grad_bias = new_empty_cpu({net.out_features}, input.scalar_type());

@@ -29,6 +29,14 @@ struct Buffer {
 
 }  // namespace
 
+void* allocate(size_t bytes) {
+  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
 void* scratch(Scratch use, size_t bytes) {
   thread_local Buffer buffers[3];
   Buffer& buffer = buffers[static_cast<int>(use)];

@@ -56,4 +56,31 @@ class Arena {
   char* next_;
 };
 
+// An uninitialized array for the length of a call, where scratch memory would be kept for too long.
+void* allocate(size_t bytes);
+void release(void* memory);
+
+template <class T>
+class Temporary {
+ public:
+  Temporary() = default;
+  explicit Temporary(int64_t count)
+      : data_(count > 0 ? static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)))
+                        : nullptr) {}
+  Temporary(const Temporary&) = delete;
+  Temporary& operator=(const Temporary&) = delete;
+  ~Temporary() { release(data_); }
+
+  void swap(Temporary& other) {
+    T* mine = data_;
+    data_ = other.data_;
+    other.data_ = mine;
+  }
+
+  T* data() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
 }  // namespace fused_mlp

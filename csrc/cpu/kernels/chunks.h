@@ -5,13 +5,18 @@
 // are independent, blocks go to whichever thread is free.
 #pragma once
 
+#include "cpu/kernels/gemm.h"
 #include "cpu/kernels/vec.h"
 #include "cpu/parallel.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
-// Rows worked on at a time: with 256 columns a block is 70 kB, a few of them fit a core's L2.
-constexpr int64_t kBlockRows = 64;
+// Rows worked on at a time, whole register tiles: with 256 columns a block is 60 kB, a few of them
+// fit a core's L2.
+constexpr int64_t kBlockRows = 64 / kTileRows * kTileRows;
+// Up to this width a layer's weight and a block of its rows lie in the cache together. Wider layers
+// are cut into blocks (blocked_gemm.h), a network with one runs layer by layer.
+constexpr int64_t kCacheWidth = 256;
 // Multiply-adds worth handing to a second thread: about 8 us of work, against 2 us to wake it.
 constexpr int64_t kThreadWork = int64_t{1} << 18;
 // One element of a pass over memory costs about as much as this many multiply-adds.

@@ -41,21 +41,41 @@ FUSED_MLP_INLINE void run_rounds(Counters& c, uint32_t k0, uint32_t k1) {
   }
 }
 
-// Eight decisions a lane, gathered in its low byte.
-FUSED_MLP_INLINE VecU64 decide(const Counters& c, VecHalves threshold) {
-  const VecHalves low = (VecHalves)((c.c0 & 0xFFFFFFFFu) | (c.c1 << 32));
-  const VecHalves high = (VecHalves)((c.c2 & 0xFFFFFFFFu) | (c.c3 << 32));
+// Eight decisions a lane: a byte each, written in the order of lane_of_byte.
+FUSED_MLP_INLINE void decide(const Counters& c, VecHalves threshold, uint8_t* bytes) {
+  const VecU64 low = (c.c0 & 0xFFFFFFFFu) | (c.c1 << 32);
+  const VecU64 high = (c.c2 & 0xFFFFFFFFu) | (c.c3 << 32);
+#if defined(__AVX512BW__)
+  // Both halves of a lane side by side: a comparison gives the bytes of every second lane.
+  const __m512i even = _mm512_unpacklo_epi64((__m512i)low, (__m512i)high);
+  const __m512i odd = _mm512_unpackhi_epi64((__m512i)low, (__m512i)high);
+  const uint32_t kept[2] = {_mm512_cmpge_epu16_mask(even, (__m512i)threshold),
+                            _mm512_cmpge_epu16_mask(odd, (__m512i)threshold)};
+  std::memcpy(bytes, kept, sizeof(kept));
+#else
   const VecU64 low_bits = VecU64{} + 0x0008000400020001u;
   const VecU64 high_bits = VecU64{} + 0x0080004000200010u;
-  VecU64 bits = ((VecU64)(low >= threshold) & low_bits) | ((VecU64)(high >= threshold) & high_bits);
+  VecU64 bits = ((VecU64)((VecHalves)low >= threshold) & low_bits) |
+                ((VecU64)((VecHalves)high >= threshold) & high_bits);
   bits |= bits >> 32;
-  return bits | (bits >> 16);
+  bits |= bits >> 16;
+  for (int lane = 0; lane < kCounters; ++lane) bytes[lane] = static_cast<uint8_t>(bits[lane]);
+#endif
+}
+
+// The lane that a byte of `decide` comes from.
+FUSED_MLP_INLINE int lane_of_byte(int byte) {
+#if defined(__AVX512BW__)
+  return byte % 4 * 2 + byte / 4;
+#else
+  return byte;
+#endif
 }
 
 }  // namespace
 
-void draw_mask(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t columns,
-               uint8_t* mask) {
+void draw_mask(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t first_column,
+               int64_t columns, uint8_t* mask) {
   const int64_t groups = mask_bytes(columns);
   if (groups == 0) return;
   const uint32_t threshold = philox::threshold(dropout.p);
@@ -68,22 +88,22 @@ void draw_mask(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t 
   const VecHalves limit = VecHalves{} + static_cast<uint16_t>(threshold);
   // The bytes of the mask in order are the groups of the first row, of the second, …: a lane takes
   // every kCounters-th of them and walks on by that many.
+  const uint64_t first_group = static_cast<uint64_t>(first_column / philox::kColumnsPerGroup);
   VecU64 row, group;
-  for (int lane = 0; lane < kCounters; ++lane) {
-    row[lane] = static_cast<uint64_t>(first_row + lane / groups);
-    group[lane] = static_cast<uint64_t>(lane % groups);
+  for (int byte = 0; byte < kCounters; ++byte) {
+    row[lane_of_byte(byte)] = static_cast<uint64_t>(first_row + byte / groups);
+    group[lane_of_byte(byte)] = first_group + static_cast<uint64_t>(byte % groups);
   }
   const uint64_t whole_rows = static_cast<uint64_t>(kCounters / groups);
   const uint64_t step = static_cast<uint64_t>(kCounters % groups);
-  const VecU64 end = VecU64{} + static_cast<uint64_t>(groups);
+  const VecU64 end = VecU64{} + (first_group + static_cast<uint64_t>(groups));
   for (int64_t i = 0; i < rows * groups; i += kCounters) {
     Counters counters = {row, row >> 32, group, VecU64{} + stream.counter3};
     run_rounds(counters, stream.key0, stream.key1);
-    const VecU64 bytes = decide(counters, limit);
-    for (int lane = 0; lane < kCounters; ++lane) mask[i + lane] = static_cast<uint8_t>(bytes[lane]);
+    decide(counters, limit, mask + i);
     group += step;
     const VecU64 wrapped = (VecU64)(group >= end);
-    group -= wrapped & end;
+    group -= wrapped & static_cast<uint64_t>(groups);
     row += whole_rows - wrapped;  // a set mask is -1
   }
 }

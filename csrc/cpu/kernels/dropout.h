@@ -12,10 +12,11 @@ FUSED_MLP_INLINE int64_t mask_bytes(int64_t columns) {
   return ceil_div(columns, philox::kColumnsPerGroup);
 }
 
-// Writes the mask of rows first_row … first_row + rows - 1, mask_bytes(columns) bytes a row, and up
-// to 64 bytes of rubbish behind them. A set bit keeps its element.
-void draw_mask(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t columns,
-               uint8_t* mask);
+// Writes the mask of rows first_row … first_row + rows - 1, of `columns` columns from first_column
+// (a multiple of 8) on: mask_bytes(columns) bytes a row, and up to 64 bytes of rubbish behind them.
+// A set bit keeps its element.
+void draw_mask(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t first_column,
+               int64_t columns, uint8_t* mask);
 
 // The lanes of columns column … column + kLanes<T> - 1 (a multiple of kLanes<T>) as a vector mask.
 template <class T>

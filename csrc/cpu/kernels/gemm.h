@@ -63,35 +63,65 @@ FUSED_MLP_INLINE Right<T> plain(const T* data, int64_t stride) {
   return {data, stride, kPanel<T>};
 }
 
+// Keeps GCC from turning a pointer that walks into one base and as many offsets as rows, which
+// do not fit the registers.
+template <class T>
+FUSED_MLP_INLINE void keep_walking(T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+
 template <class T, int kRows, int kVectors>
 inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
                  Start start, const T* bias, bool rectify) {
   constexpr int kWidth = kLanes<T>;
   Vec<T> sum[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i) {
+  if (start == Start::kAccumulate) {
+    T* row = c;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i, row += c_stride) {
+      keep_walking(row);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = load_raw(row + j * kWidth);
+    }
+  } else if (start == Start::kRowBias) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = splat<T>(bias[i]);
+    }
+  } else {
     for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = start == Start::kZero      ? Vec<T>{}
-                  : start == Start::kBias    ? load_raw(bias + j * kWidth)
-                  : start == Start::kRowBias ? splat<T>(bias[i])
-                                             : load_raw(c + i * c_stride + j * kWidth);
+      const Vec<T> first = start == Start::kBias ? load_raw(bias + j * kWidth) : Vec<T>{};
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) sum[i][j] = first;
     }
   }
-  const T* a_k = a.data;
-  for (int64_t k = 0; k < depth; ++k, a_k += a.column, b += b_stride) {
+  // A pointer for every three rows; an index and a scale reach the others.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const T* a_k[kPointers];
+  for (int i = 0; i < kPointers; ++i) a_k[i] = a.data + 3 * i * a.row;
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Vec<T> right[kVectors];
     for (int j = 0; j < kVectors; ++j) right[j] = load_raw(b + j * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Vec<T> left = splat<T>(a_k[i * a.row]);
+      const Vec<T> left = splat<T>(a_k[i / 3][i % 3 * a.row]);
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sum[i][j] += left * right[j];
     }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) {
-      if (rectify) sum[i][j] = relu<T>(sum[i][j]);
-      store_raw(c + i * c_stride + j * kWidth, sum[i][j]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kPointers; ++i) {
+      a_k[i] += a.column;
+      keep_walking(a_k[i]);
     }
+  }
+  if (rectify) {
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = relu<T>(sum[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i, c += c_stride) {
+    keep_walking(c);
+    for (int j = 0; j < kVectors; ++j) store_raw(c + j * kWidth, sum[i][j]);
   }
 }
 

@@ -138,6 +138,8 @@ struct ResearchNetBackward {
 
 struct Kernels {
   const char* isa;
+  // Whether products beyond the cache beat the library's: without FMA they do not.
+  bool wide;
   void (*linear_relu)(const LinearReLU&);
   void (*linear_relu_backward)(const LinearReLUBackward&);
   void (*relu_dropout)(const ReLUDropout&);

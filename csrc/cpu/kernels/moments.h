@@ -71,15 +71,25 @@ inline void add_block(const S* x, int64_t stride, int64_t rows, int64_t columns,
   const double weight = static_cast<double>(rows) / total;
   const double cross = count * weight;
   for_vectors<T>(columns, [&](int64_t c, int width) {
-    Vec<T> sum = {};
-    for (int64_t row = 0; row < rows; ++row) sum += load_up_to(x + row * stride + c, width);
-    const Vec<T> centre = sum * inverse;
-    Vec<T> square = {}, rest = {};
-    for (int64_t row = 0; row < rows; ++row) {
-      const Vec<T> d = load_up_to(x + row * stride + c, width) - centre;
-      square += d * d;
-      rest += d;
-    }
+    // Rows in turns of four sums, which hide the latency of an addition.
+    Vec<T> sums[4] = {}, squares[4] = {}, rests[4] = {};
+    const auto for_rows = [&](const auto& body) {
+      const S* from = x + c;
+      int64_t row = 0;
+      for (; row + 4 <= rows; row += 4, from += 4 * stride) {
+        for (int i = 0; i < 4; ++i) body(i, load_up_to(from + i * stride, width));
+      }
+      for (; row < rows; ++row, from += stride) body(0, load_up_to(from, width));
+    };
+    for_rows([&](int i, Vec<T> value) { sums[i] += value; });
+    const Vec<T> centre = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * inverse;
+    for_rows([&](int i, Vec<T> value) {
+      const Vec<T> d = value - centre;
+      squares[i] += d * d;
+      rests[i] += d;
+    });
+    const Vec<T> square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    const Vec<T> rest = (rests[0] + rests[1]) + (rests[2] + rests[3]);
     for (int lane = 0; lane < width; ++lane) {
       const double slip = static_cast<double>(rest[lane]) / static_cast<double>(rows);
       const double delta = static_cast<double>(centre[lane]) + slip - mean[c + lane];

@@ -17,7 +17,8 @@ constexpr int64_t kRecomputeWidth = 32;
 
 // Sizes of a network and where its pieces lie in `saved` (elements of T):
 //   mean[h], rstd[h], and in training: z[rows, h], then for each hidden layer its output, or the
-//   bits of its dropout mask if it is the first layer of a narrow input, or nothing.
+//   bits of its dropout mask if it is the first layer of a narrow input, or nothing. A network
+//   that runs layer by layer keeps all outputs.
 template <class T>
 struct Shape {
   const ResearchNet& op;
@@ -26,6 +27,7 @@ struct Shape {
   int64_t out;       // features of the result
   int64_t work;      // multiply-adds of a row, forward
   int64_t widest;    // padded
+  bool wide;         // runs layer by layer
   int64_t saved_numel;
   int64_t offsets[kMaxLayers];
 
@@ -35,7 +37,11 @@ struct Shape {
         channels(net.widths[net.layers - 1]),
         out(net.widths[net.layers]),
         work(0),
-        widest(0) {
+        widest(0),
+        wide(false) {
+    for (int l = 0; l <= net.layers && is_single_or_double(net.dtype); ++l) {
+      wide = wide || net.widths[l] > kCacheWidth;
+    }
     int64_t offset = 2 * channels + net.rows * channels;
     for (int layer = 0; layer < net.layers; ++layer) {
       work += net.widths[layer] * net.widths[layer + 1];
@@ -54,7 +60,7 @@ struct Shape {
   }
 
   bool recomputed(int layer) const {
-    return !op.training || (layer == 0 && op.widths[0] <= kRecomputeWidth);
+    return !op.training || (layer == 0 && op.widths[0] <= kRecomputeWidth && !wide);
   }
   T* mean() const { return static_cast<T*>(op.saved); }
   T* rstd() const { return mean() + channels; }
@@ -162,5 +168,9 @@ struct Block {
 // The whole network with constant statistics (research_net_evaluate.cpp).
 template <class S>
 void evaluate(const ResearchNet& op);
+
+// Layers wider than the cache holds: research_net_wide.cpp, research_net_wide_backward.cpp.
+void research_net_wide(const ResearchNet& op);
+void research_net_wide_backward(const ResearchNetBackward& op);
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

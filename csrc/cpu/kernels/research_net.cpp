@@ -17,7 +17,7 @@ void walk_hidden(const Shape<Compute<S>>& shape, const Forward<Compute<S>>& net,
     const int64_t width = op.widths[l + 1], stride = padded<T>(width);
     net.multiply_layer(op, l, rows, block.before(op, l, in), block.hidden[l], stride, true);
     if (op.dropout[l].active()) {
-      draw_mask(op.dropout[l], first, rows, width, block.mask);
+      draw_mask(op.dropout[l], first, rows, 0, width, block.mask);
       apply_mask<T>(block.mask, static_cast<T>(op.dropout[l].scale()), rows, width, block.hidden[l],
                     stride);
     }
@@ -102,16 +102,17 @@ void train(const ResearchNet& op) {
     Arena own(Scratch::kTask, 2 * Arena::bytes<T>(rows * shape.widest));
     T* hidden = own.take<T>(rows * shape.widest);
     T* result = own.take<T>(rows * shape.widest);
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* z = shape.z(first + row);
-      T* to = hidden + row * padded<T>(channels);
-      for_vectors<T>(channels, [&](int64_t c, int width) {
-        const Vec<T> u =
-            (load_up_to(z + c, width) - load_raw(affine.mean + c)) * load_raw(affine.scale + c) +
-            load_raw(affine.shift + c);
-        store_raw(to + c, leaky_relu<T>(u, slope));
-      });
-    }
+    const T* z = shape.z(first);
+    const int64_t stride = padded<T>(channels);
+    // A column of vectors at a time keeps the coefficients in registers.
+    for_vectors<T>(channels, [&](int64_t c, int width) {
+      const Vec<T> mean = load_raw(affine.mean + c), scale = load_raw(affine.scale + c);
+      const Vec<T> shift = load_raw(affine.shift + c), leak = slope;
+      for (int64_t row = 0; row < rows; ++row) {
+        const Vec<T> u = (load_up_to(z + row * channels + c, width) - mean) * scale + shift;
+        store_raw(hidden + row * stride + c, leaky_relu<T>(u, leak));
+      }
+    });
     write_output<S>(shape, net, first, rows, hidden, result);
   });
 }
@@ -134,6 +135,7 @@ int64_t research_net_saved_numel(const ResearchNet& op) {
   return numel;
 }
 void research_net(const ResearchNet& op) {
+  if (Shape<float>(op).wide) return research_net_wide(op);
   dispatch(op.dtype, [&](auto element) { forward<decltype(element)>(op); });
 }
 

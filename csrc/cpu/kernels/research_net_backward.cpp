@@ -74,114 +74,157 @@ void restore_hidden(const Backward<S>& call, int64_t first, int64_t rows, Task<S
       std::memcpy(task.block.mask, call.shape.mask(l, first),
                   static_cast<size_t>(rows * mask_bytes(width)));
     } else {
-      draw_mask(net.dropout[l], first, rows, width, task.block.mask);
+      draw_mask(net.dropout[l], first, rows, 0, width, task.block.mask);
     }
     apply_mask<T>(task.block.mask, static_cast<T>(net.dropout[l].scale()), rows, width, hidden,
                   stride);
   }
 }
 
-// task.z: what the batch norm saw.
+// What the batch norm saw of a block: read where it was kept, or computed again.
+template <class T>
+struct Seen {
+  const T* z;
+  int64_t stride;
+};
+
 template <class S>
-void restore_z(const Backward<S>& call, int64_t first, int64_t rows, Task<S>& task) {
+Seen<Compute<S>> restore_z(const Backward<S>& call, int64_t first, int64_t rows, Task<S>& task) {
   using T = Compute<S>;
-  const int64_t channels = call.shape.channels, stride = padded<T>(channels);
-  if (call.net.training) {
-    copy_in(call.shape.z(first), channels, rows, channels, task.z, stride);
-  } else {
-    const int l = call.net.layers - 2;
-    const Left<T> in = {task.block.input, padded<T>(call.net.widths[0]), 1};
-    call.forward.multiply_layer(call.net, l, rows, task.block.before(call.net, l, in), task.z,
-                                stride, false);
-  }
+  if (call.net.training) return {call.shape.z(first), call.shape.channels};
+  const int l = call.net.layers - 2;
+  const int64_t stride = padded<T>(call.shape.channels);
+  const Left<T> in = {task.block.input, padded<T>(call.net.widths[0]), 1};
+  call.forward.multiply_layer(call.net, l, rows, task.block.before(call.net, l, in), task.z, stride,
+                              false);
+  return {task.z, stride};
 }
 
-// From the result's gradient to du, the gradient of what LeakyReLU saw, in task.grad; with `keep`
-// also LeakyReLU's output in task.hidden.
+// The gradient of LeakyReLU's output, in task.grad.
 template <class S>
-void grad_of_norm(const Backward<S>& call, int64_t first, int64_t rows, bool keep, Task<S>& task) {
+void grad_of_hidden(const Backward<S>& call, int64_t first, int64_t rows, Task<S>& task) {
   using T = Compute<S>;
-  const int64_t out = call.shape.out, channels = call.shape.channels;
-  const int64_t out_stride = padded<T>(out), stride = padded<T>(channels);
+  const int64_t out = call.shape.out, stride = padded<T>(out);
   copy_in(static_cast<const S*>(call.op.grad_output) + first * out, out, rows, out, task.grad_out,
-          out_stride);
-  multiply<T>(rows, channels, out, {task.grad_out, out_stride, 1},
-              packed(call.transposed[call.net.layers - 1], out), task.grad, stride, Start::kZero);
-  const Affine<T>& affine = call.affine;
-  for (int64_t row = 0; row < rows; ++row) {
-    const T* z = task.z + row * stride;
-    T* grad = task.grad + row * stride;
-    T* hidden = task.hidden + row * stride;
-    for (int64_t c = 0; c < channels; c += kLanes<T>) {
-      const Vec<T> u = (load_raw(z + c) - load_raw(affine.mean + c)) * load_raw(affine.scale + c) +
-                       load_raw(affine.shift + c);
-      const Vec<T> g = load_raw(grad + c);
-      store_raw(grad + c, select<T>(u > Vec<T>{}, g, g * call.slope));
-      if (keep) store_raw(hidden + c, leaky_relu<T>(u, call.slope));
-    }
-  }
+          stride);
+  multiply<T>(rows, call.shape.channels, out, {task.grad_out, stride, 1},
+              packed(call.transposed[call.net.layers - 1], out), task.grad,
+              padded<T>(call.shape.channels), Start::kZero);
 }
 
-// sum += du, sum_x += du * (z - mean), for the columns of a block.
+// LeakyReLU's output into task.hidden; of du, the gradient of what it saw, sum += du and
+// sum_x += du * (z - mean). A column of vectors at a time keeps the coefficients in registers.
 template <class S>
-void add_norm_sums(const Backward<S>& call, int64_t rows, const Task<S>& task, double* sum,
-                   double* sum_x) {
+void add_norm_sums(const Backward<S>& call, Seen<Compute<S>> seen, int64_t rows, Task<S>& task,
+                   double* sum, double* sum_x) {
   using T = Compute<S>;
-  const int64_t channels = call.shape.channels, stride = padded<T>(channels);
-  for (int64_t c = 0; c < channels; c += kLanes<T>) {
-    Vec<T> du = {}, du_x = {};
-    const Vec<T> mean = load_raw(call.affine.mean + c);
-    for (int64_t row = 0; row < rows; ++row) {
-      const Vec<T> g = load_raw(task.grad + row * stride + c);
-      du += g;
-      du_x += g * (load_raw(task.z + row * stride + c) - mean);
+  const int64_t stride = padded<T>(call.shape.channels);
+  for_vectors<T>(call.shape.channels, [&](int64_t c, int width) {
+    const Vec<T> mean = load_raw(call.affine.mean + c), scale = load_raw(call.affine.scale + c);
+    const Vec<T> shift = load_raw(call.affine.shift + c), slope = call.slope;
+    Vec<T> sums[2] = {}, sums_x[2] = {};
+    const auto add = [&](int64_t row, int i) {
+      const Vec<T> centred = load_up_to(seen.z + row * seen.stride + c, width) - mean;
+      const Vec<T> u = centred * scale + shift, g = load_raw(task.grad + row * stride + c);
+      const Vec<T> du = select<T>(u > Vec<T>{}, g, g * slope);
+      store_raw(task.hidden + row * stride + c, leaky_relu<T>(u, slope));
+      sums[i] += du;
+      sums_x[i] += du * centred;
+    };
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2) {
+      add(row, 0);
+      add(row + 1, 1);
     }
-    for (int64_t lane = 0; lane < smaller(kLanes<T>, channels - c); ++lane) {
-      sum[c + lane] += static_cast<double>(du[lane]);
-      sum_x[c + lane] += static_cast<double>(du_x[lane]);
+    if (row < rows) add(row, 0);
+    for (int lane = 0; lane < width; ++lane) {
+      sum[c + lane] += static_cast<double>(sums[0][lane] + sums[1][lane]);
+      sum_x[c + lane] += static_cast<double>(sums_x[0][lane] + sums_x[1][lane]);
     }
+  });
+}
+
+// task.grad: from the gradient of LeakyReLU's output to that of what the batch norm saw; bias +=
+// its column sums.
+template <class S>
+void grad_through_norm(const Backward<S>& call, Seen<Compute<S>> seen, int64_t rows, Task<S>& task,
+                       Compute<S>* bias) {
+  using T = Compute<S>;
+  const int64_t stride = padded<T>(call.shape.channels);
+  for_vectors<T>(call.shape.channels, [&](int64_t c, int width) {
+    const Vec<T> mean = load_raw(call.affine.mean + c), scale = load_raw(call.affine.scale + c);
+    const Vec<T> shift = load_raw(call.affine.shift + c), slope = call.slope;
+    const Vec<T> k2 = load_raw(call.k2 + c), k3 = load_raw(call.k3 + c);
+    Vec<T> sums[2] = {load_raw(bias + c)};
+    const auto change = [&](int64_t row, int i) {
+      const Vec<T> centred = load_up_to(seen.z + row * seen.stride + c, width) - mean;
+      const Vec<T> u = centred * scale + shift, g = load_raw(task.grad + row * stride + c);
+      const Vec<T> du = select<T>(u > Vec<T>{}, g, g * slope);
+      const Vec<T> dz = du * scale - k2 - centred * k3;
+      store_raw(task.grad + row * stride + c, dz);
+      sums[i] += dz;
+    };
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2) {
+      change(row, 0);
+      change(row + 1, 1);
+    }
+    if (row < rows) change(row, 0);
+    store_raw(bias + c, sums[0] + sums[1]);
+  });
+}
+
+// task.grad, the gradient of a hidden layer's output, becomes that of its product: `scale` times
+// itself where the output let it through; bias += its column sums.
+template <class S>
+void grad_through_gate(const Compute<S>* hidden, int64_t rows, int64_t width, Compute<S> factor,
+                       Compute<S>* grad, Compute<S>* bias) {
+  using T = Compute<S>;
+  const int64_t stride = padded<T>(width);
+  const Vec<T> scale = splat(factor);
+  for (int64_t c = 0; c < width; c += kLanes<T>) {
+    Vec<T> sums[2] = {load_raw(bias + c)};
+    const auto change = [&](int64_t i, int which) {
+      const Vec<T> g =
+          select<T>(load_raw(hidden + i) <= Vec<T>{}, Vec<T>{}, load_raw(grad + i) * scale);
+      store_raw(grad + i, g);
+      sums[which] += g;
+    };
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2) {
+      change(row * stride + c, 0);
+      change((row + 1) * stride + c, 1);
+    }
+    if (row < rows) change(row * stride + c, 0);
+    store_raw(bias + c, sums[0] + sums[1]);
   }
 }
 
 // The rest of a block: through the batch norm and down all layers before it.
 template <class S>
-void grad_below_norm(const Backward<S>& call, const WeightGrad<Compute<S>>* weight_grads,
-                     Compute<S>* const* sums, int64_t first, int64_t rows, Task<S>& task) {
+void grad_below(const Backward<S>& call, const WeightGrad<Compute<S>>* weight_grads,
+                Compute<S>* const* sums, Seen<Compute<S>> seen, int64_t first, int64_t rows,
+                Task<S>& task) {
   using T = Compute<S>;
   const ResearchNet& net = call.net;
-  const int64_t channels = call.shape.channels;
-  for (int64_t row = 0; row < rows; ++row) {
-    T* grad = task.grad + row * padded<T>(channels);
-    const T* z = task.z + row * padded<T>(channels);
-    for (int64_t c = 0; c < channels; c += kLanes<T>) {
-      const Vec<T> centred = load_raw(z + c) - load_raw(call.affine.mean + c);
-      store_raw(grad + c, load_raw(grad + c) * load_raw(call.affine.scale + c) -
-                              load_raw(call.k2 + c) - centred * load_raw(call.k3 + c));
-    }
-  }
+  int l = net.layers - 2;
+  grad_through_norm<S>(call, seen, rows, task, weight_grads[l].bias_of(sums[l]));
   const Left<T> in = {task.block.input, padded<T>(net.widths[0]), 1};
-  for (int l = net.layers - 2; l >= 0; --l) {
+  for (; l >= 0; --l) {
     const int64_t width = net.widths[l + 1], below = net.widths[l];
     const Left<T> before = task.block.before(net, l, in);
-    weight_grads[l].add(rows, task.grad, padded<T>(width), before.data, before.row, sums[l]);
+    weight_grads[l].add_weight(rows, task.grad, padded<T>(width), before.data, before.row, sums[l]);
     if (l == 0 && call.op.grad_input == nullptr) return;
-    const int64_t stride = padded<T>(below);
     multiply<T>(rows, below, width, {task.grad, padded<T>(width), 1},
-                packed(call.transposed[l], width), task.grad_next, stride, Start::kZero);
+                packed(call.transposed[l], width), task.grad_next, padded<T>(below), Start::kZero);
     T* swapped = task.grad;
     task.grad = task.grad_next;
     task.grad_next = swapped;
     if (l == 0) break;
-    const Vec<T> scale =
-        splat(static_cast<T>(net.dropout[l - 1].active() ? net.dropout[l - 1].scale() : 1.0));
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* hidden = before.data + row * stride;
-      T* grad = task.grad + row * stride;
-      for (int64_t c = 0; c < below; c += kLanes<T>) {
-        store_raw(grad + c, select<T>(load_raw(hidden + c) <= Vec<T>{}, Vec<T>{},
-                                      load_raw(grad + c) * scale));
-      }
-    }
+    const Dropout& dropout = net.dropout[l - 1];
+    grad_through_gate<S>(before.data, rows, below,
+                         static_cast<T>(dropout.active() ? dropout.scale() : 1.0), task.grad,
+                         weight_grads[l - 1].bias_of(sums[l - 1]));
   }
   copy_out(task.grad, padded<T>(net.widths[0]), rows, net.widths[0],
            static_cast<S*>(call.op.grad_input) + first * net.widths[0], net.widths[0]);
@@ -243,14 +286,16 @@ void backward(const ResearchNetBackward& op) {
       for (int64_t first = begin; first < end; first += kBlockRows) {
         const int64_t rows = smaller(kBlockRows, end - first);
         if (below) restore_hidden<S>(call, first, rows, task);
-        restore_z<S>(call, first, rows, task);
-        grad_of_norm<S>(call, first, rows, above, task);
+        const Seen<T> seen = restore_z<S>(call, first, rows, task);
+        grad_of_hidden<S>(call, first, rows, task);
         if (above) {
-          weight_grads[last].add(rows, task.grad_out, padded<T>(call.shape.out), task.hidden,
-                                 padded<T>(channels), layer_sums[last]);
-          add_norm_sums<S>(call, rows, task, sums, sums + channels);
+          add_norm_sums<S>(call, seen, rows, task, sums, sums + channels);
+          const int64_t stride = padded<T>(call.shape.out);
+          weight_grads[last].add_bias(rows, task.grad_out, stride, layer_sums[last]);
+          weight_grads[last].add_weight(rows, task.grad_out, stride, task.hidden,
+                                        padded<T>(channels), layer_sums[last]);
         }
-        if (below) grad_below_norm<S>(call, weight_grads, layer_sums, first, rows, task);
+        if (below) grad_below<S>(call, weight_grads, layer_sums, seen, first, rows, task);
       }
     });
   };
@@ -282,6 +327,7 @@ void backward(const ResearchNetBackward& op) {
 }  // namespace
 
 void research_net_backward(const ResearchNetBackward& op) {
+  if (Shape<float>(op.forward).wide) return research_net_wide_backward(op);
   dispatch(op.forward.dtype, [&](auto element) { backward<decltype(element)>(op); });
 }
 

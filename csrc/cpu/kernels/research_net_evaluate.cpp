@@ -103,7 +103,7 @@ template <class T>
 void drop_transposed(const Dropout& dropout, int64_t first, int64_t rows, int64_t features,
                      uint8_t* mask, T* block) {
   const T scale = static_cast<T>(dropout.scale());
-  draw_mask(dropout, first, rows, features, mask);
+  draw_mask(dropout, first, rows, 0, features, mask);
   for (int64_t f = 0; f < features; ++f) {
     for (int64_t row = 0; row < rows; ++row) {
       const bool keep = mask[row * mask_bytes(features) + f / 8] >> (f % 8) & 1;

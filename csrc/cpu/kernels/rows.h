@@ -21,6 +21,17 @@ FUSED_MLP_INLINE void dispatch(DType dtype, const Body& body) {
   }
 }
 
+// The types that blocked products and networks layer by layer serve. Half precision walks through
+// the cache at any width; beyond it the ops prefer the library's product.
+FUSED_MLP_INLINE bool is_single_or_double(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat64;
+}
+
+template <class Body>
+FUSED_MLP_INLINE void dispatch_single_or_double(DType dtype, const Body& body) {
+  dtype == DType::kFloat64 ? body(double{}) : body(float{});
+}
+
 // Calls body(column, width) over the vectors of a row; width is kLanes<T> but for a last shorter
 // one.
 template <class T, class Body>
@@ -86,14 +97,20 @@ inline void write_channels(const T* from, int64_t channels, ChannelVector vector
   });
 }
 
-// sums[c] += the column sums of a block whose rows are padded to whole vectors.
+// sums[c] += the column sums of a block whose rows are padded to whole vectors. Four sums a column
+// hide the latency of an addition.
 template <class T>
 inline void add_column_sums(const T* block, int64_t stride, int64_t rows, int64_t columns,
                             T* sums) {
   for (int64_t c = 0; c < columns; c += kLanes<T>) {
-    Vec<T> sum = load_raw(sums + c);
-    for (int64_t row = 0; row < rows; ++row) sum += load_raw(block + row * stride + c);
-    store_raw(sums + c, sum);
+    Vec<T> sum[4] = {load_raw(sums + c)};
+    const T* from = block + c;
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4, from += 4 * stride) {
+      for (int i = 0; i < 4; ++i) sum[i] += load_raw(from + i * stride);
+    }
+    for (; row < rows; ++row, from += stride) sum[0] += load_raw(from);
+    store_raw(sums + c, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 }
 

@@ -1,6 +1,7 @@
 // The table of this instruction set's kernels.
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/vec.h"
 
 #define FUSED_MLP_STRING_(name) #name
 #define FUSED_MLP_STRING(name) FUSED_MLP_STRING_(name)
@@ -21,6 +22,7 @@ void research_net_backward(const ResearchNetBackward&);
 
 extern const Kernels kKernels = {
     .isa = FUSED_MLP_STRING(FUSED_MLP_ISA),
+    .wide = FUSED_MLP_VECTOR_BYTES >= 32,
     .linear_relu = linear_relu,
     .linear_relu_backward = linear_relu_backward,
     .relu_dropout = relu_dropout,

@@ -25,10 +25,17 @@ class WeightGrad {
 
   void clear(T* sums) const { std::memset(sums, 0, static_cast<size_t>(numel()) * sizeof(T)); }
 
-  // sums += grad.T @ input and the column sums of grad; both blocks have padded rows.
-  void add(int64_t rows, const T* grad, int64_t grad_stride, const T* input, int64_t input_stride,
-           T* sums) const {
-    add_column_sums(grad, grad_stride, rows, out_, sums + rows_ * stride_);
+  // The partial sums of the bias's gradient, for passes that sum the columns of grad themselves.
+  T* bias_of(T* sums) const { return sums + rows_ * stride_; }
+
+  // sums += the column sums of grad, a block of padded rows.
+  void add_bias(int64_t rows, const T* grad, int64_t grad_stride, T* sums) const {
+    add_column_sums(grad, grad_stride, rows, out_, bias_of(sums));
+  }
+
+  // sums += grad.T @ input; both blocks have padded rows.
+  void add_weight(int64_t rows, const T* grad, int64_t grad_stride, const T* input,
+                  int64_t input_stride, T* sums) const {
     if (!weight_wanted_) return;
     if (transposed_) {
       multiply<T>(in_, out_, rows, {input, 1, input_stride}, plain(grad, grad_stride), sums,
@@ -51,7 +58,7 @@ class WeightGrad {
         store_raw(partial + i, sum);
       }
     });
-    if (grad_bias) copy_out(partial + rows_ * stride_, stride_, 1, out_, grad_bias, out_);
+    if (grad_bias) copy_out(bias_of(partial), stride_, 1, out_, grad_bias, out_);
     if (grad_weight == nullptr) return;
     if (transposed_) {
       for (int64_t row = 0; row < out_; ++row) {
