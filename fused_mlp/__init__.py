@@ -24,6 +24,7 @@ from .modules import (
     Normalize,
 )
 from .synchronize import synchronize_batch_norm
+from .training import TrainStep
 
 backends.start()
 
@@ -34,6 +35,7 @@ __all__ = [
     "FusedSequential",
     "LinearReLU",
     "Normalize",
+    "TrainStep",
     "__version__",
     "decompose",
     "functional",

@@ -16,4 +16,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_mlp_kernels, CPU, m) {
   m.impl("research_net_prepared", TORCH_BOX(&fused_mlp::research_net_prepared));
   m.impl("research_net_evaluate", TORCH_BOX(&fused_mlp::research_net_evaluate));
   m.impl("research_net_prepared_backward", TORCH_BOX(&fused_mlp::research_net_prepared_backward));
+  m.impl("train_step_plan", TORCH_BOX(&fused_mlp::train_step_plan));
+  m.impl("research_net_train_step", TORCH_BOX(&fused_mlp::research_net_train_step));
 }

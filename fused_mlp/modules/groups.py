@@ -152,7 +152,7 @@ class ResearchNetGroup:
         """Return the output, reading everything anew, and make ready for the next call."""
         if runs_as_written(self._dicts):
             try:
-                arguments = self._read()
+                arguments = self.read()
             except KeyError:  # a parameter is computed by a parametrization, prune, weight_norm
                 return _one_by_one(self._parts, input)
             output = attempt.research_net(self._fits, input, *arguments)
@@ -162,7 +162,12 @@ class ResearchNetGroup:
                 return output
         return _one_by_one(self._parts, input)
 
-    def _read(self) -> attempt.NetState:
+    def read(self) -> attempt.NetState:
+        """Return what a call uses, as the modules hold it now.
+
+        Raises:
+            KeyError: where a parameter is not a plain one.
+        """
         weights, biases = [], []
         for linear in self._linears:
             parameters = linear["_parameters"]
@@ -181,10 +186,8 @@ class ResearchNetGroup:
         It takes 50 us. Where an option changes at every step, as a schedule of dropout
         probabilities does, it is not worth it: after a change two calls must read the same.
         """
-        norm, mode = self.norm, self.norm["training"]
-        # A momentum of None depends on the batches counted so far; whether statistics are shared,
-        # on the process groups there are.
-        if mode and (norm["momentum"] is None or "forward" in norm or "process_group" in norm):
+        mode = self.norm["training"]
+        if self.is_cumulative() or self.may_share():
             return
         before = self.ready.get(mode)
         if before is not None and before.holds(self._modules) and before.accept(input):
@@ -196,8 +199,8 @@ class ResearchNetGroup:
             seen, self._seen[mode] = self._seen.get(mode), _what_was_read(arguments)
             if seen != self._seen[mode]:
                 return
-        read = snapshot.take(self._modules.values(), self._entries())
-        weights, biases, state, dropout_p, slope = self._read()
+        read = snapshot.take(self._modules.values(), self.entries())
+        weights, biases, state, dropout_p, slope = self.read()
         weight, bias, running_mean, running_var, tracked, training, momentum, eps, _ = state
         fresh = PreparedNet(
             read,
@@ -208,7 +211,16 @@ class ResearchNetGroup:
         if fresh.holds(self._modules):  # another thread may have changed something meanwhile
             self.ready[mode] = fresh
 
-    def _entries(self) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    def is_cumulative(self) -> bool:
+        """Return whether the momentum depends on the batches counted so far."""
+        return self.norm["training"] and self.norm["momentum"] is None
+
+    def may_share(self) -> bool:
+        """Return whether processes share the statistics, if there are any at the call."""
+        norm = self.norm
+        return norm["training"] and ("forward" in norm or "process_group" in norm)
+
+    def entries(self) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
         """Yield dictionaries and the keys of all that a call reads from them."""
         for linear in self._linears:
             yield linear, ("_parameters",)

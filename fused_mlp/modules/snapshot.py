@@ -27,6 +27,7 @@ _OVERRIDES = ("forward", "_compiled_call_impl")
 # (dict, absent key), (empty dict) and (dict, key of an empty dict); then the keys that must be
 # absent from a container, and those of empty dictionaries in it.
 Snapshot = tuple[tuple[Any, ...], ...]
+_LISTS = 6  # the entries before the keys
 Unchanged = Callable[..., bool]
 
 
@@ -58,6 +59,14 @@ def take(
         _OVERRIDES,
         _HOOKS,
     )
+
+
+def joined(first: Snapshot, *others: Snapshot) -> Snapshot:
+    """Return what all of the snapshots hold; the container is the first one's."""
+    children, *parts = first[:_LISTS]
+    for other in others:
+        parts = [part + more for part, more in zip(parts, other[1:_LISTS], strict=True)]
+    return (children, *parts, *first[_LISTS:])
 
 
 def watch(snapshot: Snapshot) -> Unchanged:

@@ -90,11 +90,28 @@ PUBLIC_SCHEMAS = {
     ),
 }
 
+# Raw kernels of the CPU alone: a training step, and the plan it runs. The plan is a handle: it
+# holds the tensors, which the step reads and writes without naming them, so no tracer may see
+# these ops.
+TRAINING_SCHEMAS = {
+    "train_step_plan": (
+        "(Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
+        " Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, bool training,"
+        " float[] dropout_p, float eps, float negative_slope, bool cross_entropy, bool mean,"
+        " Tensor? class_weight, int ignore_index, float label_smoothing, bool adam, Tensor options,"
+        " int[] places, int[] groups, int[] state_counts, Tensor[] state, Tensor[] kept_grads)"
+        " -> Tensor"
+    ),
+    "research_net_train_step": (
+        "(Tensor plan, Tensor input, Tensor target, float momentum, float? max_norm) -> Tensor?"
+    ),
+}
+
 # Library objects deregister what they registered when they are collected: keep them for good.
 kernels_library = Library(KERNELS, "DEF")
 public_library = Library(PUBLIC, "DEF")
 
-for _name, _schema in (*KERNEL_SCHEMAS.items(), *PREPARED_SCHEMAS.items()):
+for _name, _schema in (KERNEL_SCHEMAS | PREPARED_SCHEMAS | TRAINING_SCHEMAS).items():
     kernels_library.define(_name + _schema)
 for _name, _schema in PUBLIC_SCHEMAS.items():
     public_library.define(_name + _schema)

@@ -136,6 +136,53 @@ struct ResearchNetBackward {
   ChannelVector grad_bn_weight, grad_bn_bias;
 };
 
+// The losses of a training step and the gradient of their input, float32 or float64. Everything is
+// contiguous but the classes. The sum over the rows is divided by `divisor`.
+struct CrossEntropy {
+  DType dtype;
+  int64_t rows, columns;
+  const void* output;     // [rows, columns]
+  const int64_t* target;  // [rows]: a class in [0, columns), or ignore_index
+  int64_t target_stride;
+  const void* weight;  // [columns] or null
+  int64_t ignore_index;
+  double label_smoothing, divisor;
+  void* grad;
+  void* loss;  // one element
+};
+struct SquaredError {
+  DType dtype;
+  int64_t rows, columns;
+  const void* output;
+  const void* target;
+  double divisor;
+  void* grad;
+  void* loss;
+};
+
+// One parameter's update by the rules of torch.optim.SGD, and of Adam and AdamW (`decoupled`), in
+// float32 or float64.
+struct Sgd {
+  DType dtype;
+  int64_t numel;
+  void* parameter;
+  const void* gradient;
+  void* momentum_buffer;  // null without momentum
+  double lr, weight_decay, momentum, dampening;
+  bool nesterov, maximize;
+};
+struct Adam {
+  DType dtype;
+  int64_t numel;
+  void* parameter;
+  const void* gradient;
+  void *exp_avg, *exp_avg_sq;
+  void* max_exp_avg_sq;  // null without amsgrad
+  double lr, weight_decay, beta1, beta2, eps;
+  double bias_correction1, bias_correction2;  // 1 - beta^step
+  bool decoupled, maximize;
+};
+
 struct Kernels {
   const char* isa;
   // Whether products beyond the cache beat the library's: without FMA they do not.
@@ -151,6 +198,12 @@ struct Kernels {
   int64_t (*research_net_saved_numel)(const ResearchNet&);
   void (*research_net)(const ResearchNet&);
   void (*research_net_backward)(const ResearchNetBackward&);
+  void (*cross_entropy)(const CrossEntropy&);
+  void (*squared_error)(const SquaredError&);
+  void (*sgd)(const Sgd&);
+  void (*adam)(const Adam&);
+  double (*squared_norm)(DType dtype, int64_t numel, const void* data);
+  void (*scale)(DType dtype, int64_t numel, double factor, void* data);
 };
 
 namespace baseline {

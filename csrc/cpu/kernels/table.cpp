@@ -19,6 +19,12 @@ void normalize_backward(const NormalizeBackward&);
 int64_t research_net_saved_numel(const ResearchNet&);
 void research_net(const ResearchNet&);
 void research_net_backward(const ResearchNetBackward&);
+void cross_entropy(const CrossEntropy&);
+void squared_error(const SquaredError&);
+void sgd(const Sgd&);
+void adam(const Adam&);
+double squared_norm(DType dtype, int64_t numel, const void* data);
+void scale(DType dtype, int64_t numel, double factor, void* data);
 
 extern const Kernels kKernels = {
     .isa = FUSED_MLP_STRING(FUSED_MLP_ISA),
@@ -34,6 +40,12 @@ extern const Kernels kKernels = {
     .research_net_saved_numel = research_net_saved_numel,
     .research_net = research_net,
     .research_net_backward = research_net_backward,
+    .cross_entropy = cross_entropy,
+    .squared_error = squared_error,
+    .sgd = sgd,
+    .adam = adam,
+    .squared_norm = squared_norm,
+    .scale = scale,
 };
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

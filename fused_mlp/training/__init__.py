@@ -1,0 +1,5 @@
+"""A whole training step in one call."""
+
+from .train_step import TrainStep
+
+__all__ = ["TrainStep"]
