@@ -58,6 +58,16 @@ def test_every_bundled_dataset(name: str, png: Path, capsys: pytest.CaptureFixtu
     assert_png(png)
 
 
+def test_train_step_is_a_third_line(png: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dataset", "wine", *SMALL, "--train-step", "--output", str(png)]
+    assert main(arguments) == 0
+    eager, fused, step = rows_of(capsys.readouterr().out)
+    assert [eager[1], fused[1], step[1]] == ["eager", "fused", "TrainStep"]
+    assert eager[5] == ""
+    assert re.fullmatch(r"\d+\.\d\d×", step[5])
+    assert_png(png)
+
+
 def test_several_batch_sizes(png: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dataset", "wine", "--epochs", "1", "--batch-size", "32,9999,5000"]
     assert main([*arguments, "--output", str(png)]) == 0

@@ -13,7 +13,14 @@ pytest.importorskip("rich")
 
 from fused_mlp.demo import data, training
 from fused_mlp.demo.errors import DemoError
-from fused_mlp.demo.training import NETWORKS, Settings, Trainee, compare, shuffled_batches
+from fused_mlp.demo.training import (
+    NETWORKS,
+    TRAIN_STEP,
+    Settings,
+    Trainee,
+    compare,
+    shuffled_batches,
+)
 from fused_mlp.eager import IntelligentResearchNetwork
 
 
@@ -30,6 +37,14 @@ def test_both_networks_learn() -> None:
     # Five standard errors of the difference of two shares near 0.96 of 359 rows.
     assert abs(runs["eager"].score - runs["fused"].score) < 0.07
     assert all(run.losses[-1] < 0.2 * run.losses[0] for run in runs.values())
+
+
+def test_train_step_learns_what_the_loop_learns() -> None:
+    wine = data.split(data.load_bundled("wine"), seed=0, dtype=torch.float64)
+    runs = compare(wine, Settings(epochs=5, dropout=0.0, train_step=True)).runs
+    loop, step = (torch.tensor(runs[name].step_losses) for name in ("fused", TRAIN_STEP))
+    torch.testing.assert_close(step, loop, rtol=1e-6, atol=1e-9)
+    assert runs[TRAIN_STEP].score == runs["fused"].score
 
 
 def test_regression_explains_variance() -> None:

@@ -59,8 +59,9 @@ def _run(options: argparse.Namespace) -> None:
     with report.Progress(len(sizes) * options.epochs) as progress:
         for size in sizes:
             settings = Settings(
-                options.epochs, size, options.hidden, options.dropout, options.lr, options.seed
-            )
+                options.epochs, size, options.hidden, options.dropout, options.lr, options.seed,
+                options.train_step,
+            )  # fmt: skip
             comparisons.append(compare(data, settings, progress.updater(size)))
     report.print_table(data, comparisons)
     report.save_figure(data, comparisons, options.output)
@@ -147,6 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--lr", type=_positive, default=1e-3, metavar="RATE", help="learning rate of Adam"
+    )
+    parser.add_argument(
+        "--train-step",
+        action="store_true",
+        help="train the fused network a second time, each step in one call of TrainStep",
     )
     parser.add_argument("--device", default="cpu", help="where to train, such as cpu or cuda")
     parser.add_argument(

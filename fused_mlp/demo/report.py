@@ -16,10 +16,17 @@ from rich.table import Table as RichTable
 
 from .. import backends
 from .data import Split
-from .training import Comparison, Run
+from .training import TRAIN_STEP, Comparison, Run
 
-# Okabe & Ito's vermillion and blue: told apart by colour-blind readers and in grey print.
-COLOURS = {"eager": "#D55E00", "fused": "#0072B2"}
+# Okabe & Ito's vermillion, blue and bluish green: told apart by colour-blind readers and, the first
+# two, in grey print.
+COLOURS = {"eager": "#D55E00", "fused": "#0072B2", TRAIN_STEP: "#009E73"}
+# Thin and dashed over broad and pale: curves are seen where they coincide.
+LINES: dict[str, dict[str, Any]] = {
+    "eager": {"linewidth": 4.5, "linestyle": "-", "alpha": 0.45},
+    "fused": {"linewidth": 1.6, "linestyle": (0, (4, 2))},
+    TRAIN_STEP: {"linewidth": 1.6, "linestyle": (0, (1, 2))},
+}
 FIGURE_INCHES = (12.0, 5.0)
 FIGURE_DPI = 120
 
@@ -88,15 +95,15 @@ def print_table(data: Split, comparisons: Sequence[Comparison]) -> None:
         table.add_column(heading, justify="right")
     for comparison in comparisons:
         for name, run in comparison.runs.items():
-            fused = name == "fused"
+            eager = name == "eager"
             table.add_row(
-                "" if fused else str(comparison.batch_size),
+                str(comparison.batch_size) if eager else "",
                 name,
                 format_score(data, run.score),
                 f"{run.seconds_per_epoch:.4f}",
                 f"{run.samples_per_second:,.0f}",
-                f"{comparison.speed_up:.2f}×" if fused else "",
-                end_section=fused,
+                "" if eager else f"{comparison.speed_up(name):.2f}×",
+                end_section=name == [*comparison.runs][-1],
             )
     console = Console(highlight=False)
     console.print(table)
@@ -133,7 +140,7 @@ def format_score(data: Split, score: float) -> str:
 
 
 def save_figure(data: Split, comparisons: Sequence[Comparison], path: Path) -> None:
-    """Write a PNG with the loss curves and the throughput of both networks."""
+    """Write a PNG with the loss curves and the throughput of every contestant."""
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure = Figure(FIGURE_INCHES, dpi=FIGURE_DPI, layout="constrained")
@@ -147,16 +154,12 @@ def save_figure(data: Split, comparisons: Sequence[Comparison], path: Path) -> N
 def _draw_losses(axes: Axes, data: Split, comparisons: Sequence[Comparison]) -> None:
     for comparison in comparisons:
         for name, run in comparison.runs.items():
-            fused = name == "fused"
             epochs = range(1, len(run.losses) + 1)
-            # Thin and dashed over broad and pale: both are seen where they coincide.
             axes.plot(
                 epochs,
                 run.losses,
                 color=COLOURS[name],
-                linewidth=1.6 if fused else 4.5,
-                linestyle=(0, (4, 2)) if fused else "-",
-                alpha=1.0 if fused else 0.45,
+                **LINES[name],
                 marker="o" if len(run.losses) == 1 else None,
                 label=name if comparison is comparisons[0] else None,
             )
@@ -184,12 +187,13 @@ def _label_curve(axes: Axes, comparison: Comparison, comparisons: Sequence[Compa
 
 
 def _draw_throughput(axes: Axes, comparisons: Sequence[Comparison]) -> None:
-    width = 0.38
-    for side, name in enumerate(COLOURS):
-        places = [i + (side - 0.5) * width for i in range(len(comparisons))]
+    names = [*comparisons[0].runs]
+    width = 0.76 / len(names)
+    for side, name in enumerate(names):
+        places = [i + (side - (len(names) - 1) / 2) * width for i in range(len(comparisons))]
         heights = [c.runs[name].samples_per_second / 1e3 for c in comparisons]
         bars = axes.bar(places, heights, width * 0.94, color=COLOURS[name], label=name)
-        labels = [f"{c.speed_up:.2f}×" if name == "fused" else "" for c in comparisons]
+        labels = ["" if name == "eager" else f"{c.speed_up(name):.2f}×" for c in comparisons]
         axes.bar_label(bars, labels, padding=3, fontweight="bold")
     axes.set_xticks(range(len(comparisons)), [str(c.batch_size) for c in comparisons])
     axes.set_xlabel("batch size")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import FusedResearchNet
+from .. import FusedResearchNet, TrainStep
 from ..eager import IntelligentResearchNetwork
 from .data import Split
 
@@ -19,6 +19,8 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "eager": IntelligentResearchNetwork,
     "fused": FusedResearchNet,
 }
+# The fused network again, trained by TrainStep in place of the loop.
+TRAIN_STEP = "TrainStep"
 WARM_UP_STEPS = 20
 
 Batch = tuple[Tensor, Tensor]
@@ -34,6 +36,12 @@ class Settings:
     dropout: float = 0.3
     learning_rate: float = 1e-3
     seed: int = 0
+    train_step: bool = False
+
+    @property
+    def contestants(self) -> list[str]:
+        """What is trained: the networks by name and, if asked for, ``TRAIN_STEP``."""
+        return [*NETWORKS, *([TRAIN_STEP] if self.train_step else [])]
 
 
 @dataclass
@@ -66,22 +74,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both networks at one batch size."""
+    """All contestants at one batch size, the eager network first."""
 
     batch_size: int
     runs: dict[str, Run]
 
-    @property
-    def speed_up(self) -> float:
-        """How many times shorter the fused network's median epoch is."""
-        return self.runs["eager"].seconds_per_epoch / self.runs["fused"].seconds_per_epoch
+    def speed_up(self, name: str = "fused") -> float:
+        """Return how many times shorter a contestant's median epoch is than the eager one's."""
+        return self.runs["eager"].seconds_per_epoch / self.runs[name].seconds_per_epoch
 
 
 class Trainee:
     """A network with its optimizer.
 
     Args:
-        network: the class to build, by its name in ``NETWORKS``.
+        network: the class to build, by its name in ``NETWORKS``, or ``TRAIN_STEP``.
         data: what to train on; decides the inputs, the outputs, the loss, device and dtype.
         settings: how to train.
     """
@@ -89,7 +96,7 @@ class Trainee:
     def __init__(self, network: str, data: Split, settings: Settings) -> None:
         torch.manual_seed(settings.seed)
         features = data.train_features
-        self.model = NETWORKS[network](
+        self.model = NETWORKS["fused" if network == TRAIN_STEP else network](
             features.shape[1],
             list(settings.hidden),
             data.outputs,
@@ -104,7 +111,17 @@ class Trainee:
         self.loss: Callable[[Tensor, Tensor], Tensor] = (
             F.mse_loss if data.classes is None else F.cross_entropy
         )
+        self.step: Callable[[Tensor, Tensor], Tensor] = self._take_step
+        if network == TRAIN_STEP:
+            self.step = TrainStep(self.model, self.loss, self.optimizer)
         self.run = Run()
+
+    def _take_step(self, features: Tensor, target: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss(self.model(features), target)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
 
     def train_epoch(self, batches: Sequence[Batch]) -> None:
         """Take one step a batch and note the losses and the time of the steps alone."""
@@ -114,11 +131,7 @@ class Trainee:
         _synchronize(device)
         start = time.perf_counter()
         for features, target in batches:
-            self.optimizer.zero_grad()
-            loss = self.loss(self.model(features), target)
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.detach())
+            losses.append(self.step(features, target))
         _synchronize(device)
         self.run.seconds.append(time.perf_counter() - start)
 
@@ -154,23 +167,24 @@ def shuffled_batches(data: Split, batch_size: int, generator: torch.Generator) -
 def compare(
     data: Split, settings: Settings, progress: Callable[[dict[str, Run]], None] = lambda _: None
 ) -> Comparison:
-    """Train both networks from the same initial weights on the same batches.
+    """Train all contestants from the same initial weights on the same batches.
 
-    Their epochs take turns in this process, first one network and then the other in front, so
+    Their epochs take turns in this process, in one order and then in the other, so
     that a machine that slows down slows both. The first steps of throw-away networks warm caches
     and threads up; they and the making of the batches are not timed.
 
     Args:
-        progress: called after each epoch of both networks with the runs so far.
+        progress: called after each epoch of all of them with the runs so far.
     """
     shuffle = torch.Generator().manual_seed(settings.seed)
-    for name in NETWORKS:
+    for name in settings.contestants:
         warm_up = shuffled_batches(data, settings.batch_size, shuffle)
         Trainee(name, data, settings).train_epoch(warm_up[:WARM_UP_STEPS] + warm_up[-1:])
 
-    trainees = {name: Trainee(name, data, settings) for name in NETWORKS}
+    trainees = {name: Trainee(name, data, settings) for name in settings.contestants}
     initial = trainees["eager"].model.state_dict()
-    trainees["fused"].model.load_state_dict(initial)
+    for trainee in trainees.values():
+        trainee.model.load_state_dict(initial)
     runs = {name: trainee.run for name, trainee in trainees.items()}
     for epoch in range(settings.epochs):
         batches = shuffled_batches(data, settings.batch_size, shuffle)
