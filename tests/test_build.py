@@ -429,6 +429,23 @@ def test_cache_that_cannot_be_written(
 
 
 @needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_cache_that_others_may_write_to_is_refused(
+    installed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSED_MLP_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    with pytest.raises(installed.BuildUnavailable, match="other users may write") as caught:
+        installed.library_path("cpu")
+    assert "chmod o-w" in caught.value.remedy
+    tmp_path.chmod(0o755)
+    assert installed.library_path("cpu").is_file()
+    tmp_path.chmod(0o777)  # nor is a library taken from there that others may have replaced
+    with pytest.raises(installed.BuildUnavailable, match="other users may write"):
+        installed.library_path("cpu")
+
+
+@needs_compiler
 def test_processes_that_start_together_build_once(
     installed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

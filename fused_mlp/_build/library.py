@@ -140,6 +140,7 @@ def _cached(kind: str, csrc: Path) -> Path:
     folder = cache_root() / name
     library = folder / f"_C_{kind}.so"
     if library.is_file():
+        _check_private(folder)
         return library
     _check_buildable(kind, csrc)
     try:
@@ -149,7 +150,21 @@ def _cached(kind: str, csrc: Path) -> Path:
             f"the cache {folder} cannot be written: {error.strerror}",
             "set FUSED_MLP_CACHE to a folder that can",
         ) from error
+    _check_private(folder)
     return _build_once(kind, csrc, folder / f"objects-{kind}", library)
+
+
+def _check_private(folder: Path) -> None:
+    """Raises BuildUnavailable where another user could have put a library of theirs."""
+    if not hasattr(os, "getuid"):
+        return
+    for place in (folder, folder.parent):
+        state = place.stat()
+        if state.st_uid not in (os.getuid(), 0) or state.st_mode & 0o002:
+            raise BuildUnavailable(
+                f"other users may write to the cache {place}",
+                f"run: chmod o-w {place}, or set FUSED_MLP_CACHE to a folder of your own",
+            )
 
 
 def _build_once(kind: str, csrc: Path, folder: Path, library: Path) -> Path:
