@@ -17,7 +17,10 @@ from support import INTERPRETED
 
 TESTS = Path(__file__).parent
 # A few of everything: each op, its layouts, empty input, gradcheck and the dropout mask.
-CHOSEN = "test_layouts or test_empty or test_gradcheck or test_mask or test_running_statistics"
+CHOSEN = " or ".join(
+    ("test_layouts", "test_empty", "test_gradcheck", "test_mask", "test_any_backend",
+     "test_running_statistics")
+)  # fmt: skip
 FILES = (
     "test_research_net.py",
     "test_dropout.py",

@@ -22,10 +22,11 @@ constexpr int64_t kThreadWork = int64_t{1} << 18;
 // One element of a pass over memory costs about as much as this many multiply-adds.
 constexpr int64_t kPassCost = 16;
 constexpr int64_t kMaxChunks = 16;
-// Fewest rows of a chunk that sums a value a column, and of one that sums a weight's gradient:
-// clearing and merging the latter costs as much as the products of about 8 rows.
+// Fewest rows of a chunk that sums a value a column, and of one that multiplies by weights: those
+// of fewer rows read a weight for too few products, and merging a weight's gradient costs as much
+// as the products of about 8 rows.
 constexpr int64_t kLeastRows = 4;
-constexpr int64_t kLeastGradRows = 32;
+constexpr int64_t kLeastProductRows = kBlockRows;
 
 // Chunks for `rows` rows of `work` multiply-adds each: a power of two, so two threads share evenly,
 // of at least `least` rows, so that merging their sums stays a small part.
@@ -36,6 +37,12 @@ FUSED_MLP_INLINE int64_t chunk_count(int64_t rows, int64_t work, int64_t least) 
     chunks *= 2;
   }
   return chunks;
+}
+
+// Chunks of rows that are multiplied by weights. Two threads are worth having from 32 rows each on.
+FUSED_MLP_INLINE int64_t product_chunk_count(int64_t rows, int64_t work) {
+  const int64_t chunks = chunk_count(rows, work, kLeastProductRows);
+  return chunks > 1 ? chunks : smaller(2, chunk_count(rows, work, 32));
 }
 
 // The first row of a chunk; chunks differ by at most one row.

@@ -75,7 +75,7 @@ void backward(const LinearReLUBackward& op) {
   const LinearReLU& net = op.forward;
   const int64_t in = net.in_features, out = net.out_features;
   const T scale = static_cast<T>(net.dropout.scale());
-  const int64_t chunks = chunk_count(net.rows, in * out, kLeastGradRows);
+  const int64_t chunks = product_chunk_count(net.rows, in * out);
   const WeightGrad<T> grad(in, out, op.grad_weight != nullptr);
   Arena shared(Scratch::kCall,
                Arena::bytes<T>(packed_numel<T>(out, in)) + Arena::bytes<T>(chunks * grad.numel()));

@@ -53,7 +53,7 @@ void train(const ResearchNet& op) {
   using T = Compute<S>;
   const Shape<T> shape(op);
   const int64_t channels = shape.channels, room = round_up(channels, kPanel<T>);
-  const int64_t chunks = chunk_count(op.rows, shape.work, kLeastRows);
+  const int64_t chunks = product_chunk_count(op.rows, shape.work);
   Arena arena(Scratch::kCall, Forward<T>::bytes(op) + 3 * Arena::bytes<T>(room) +
                                   Arena::bytes<double>(chunks * 2 * channels));
   const Affine<T> affine = take_affine<T>(arena, room);

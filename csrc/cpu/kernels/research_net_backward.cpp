@@ -236,7 +236,7 @@ void backward(const ResearchNetBackward& op) {
   Backward<S> call(op);
   const ResearchNet& net = op.forward;
   const int64_t channels = call.shape.channels, room = round_up(channels, kPanel<T>);
-  const int64_t chunks = chunk_count(net.rows, 2 * call.shape.work, kLeastGradRows);
+  const int64_t chunks = product_chunk_count(net.rows, 2 * call.shape.work);
   const int last = net.layers - 1;
 
   alignas(WeightGrad<T>) char storage[kMaxLayers * sizeof(WeightGrad<T>)];
