@@ -14,6 +14,7 @@ _COMMANDS = {
     "report": ("report", "main"),
     "overhead": ("overhead", "main"),
     "compile": ("compile_cost", "main"),
+    "train-step": ("train_step", "main"),
     "docs": ("docs", "main"),
     "gpu-report": ("gpu_command", "main"),
 }

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         description="Race fused_mlp against eager PyTorch and others, here, in turns, in one "
         "process. Results are checked against float64 before anything is timed. Writes a table, "
         "JSON, CSV, plots and an HTML page.",
-        epilog="more commands: compare A B, report DIR, overhead, gpu-report "
+        epilog="more commands: compare A B, report DIR, overhead, train-step, gpu-report "
         "(each has its own --help)",
     )
     sweep = parser.add_mutually_exclusive_group()

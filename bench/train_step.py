@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import fused_mlp
+from fused_mlp import backends
 from fused_mlp.eager import IntelligentResearchNetwork
 
-from . import environment
+from . import environment, options
 from .cases import DROPOUT, NETWORKS, REFERENCE, Widths
-from .tables import seconds, times
+from .tables import plain, seconds, times
 from .timing import SMOKE, Budget, interleave, ratios, spread
 from .training import ordinary_step
 
@@ -23,6 +26,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
         parameters, 1e-3, momentum=0.9, **how
     ),
     "Adam": lambda parameters, **how: torch.optim.Adam(parameters, 1e-3, **how),
+    "AdamW": lambda parameters, **how: torch.optim.AdamW(parameters, 1e-3, **how),
 }
 
 
@@ -77,13 +81,32 @@ def _steps(
                 fused_mlp.fuse(net)
             optimizer = make(net.parameters(), **how)
             found[label + ", fused=True" * bool(how)] = ordinary_step(net, optimizer)
-    package: Any = fused_mlp
-    if hasattr(package, "TrainStep"):
-        net = copy.deepcopy(model).train()
-        fused_mlp.fuse(net)
-        found["TrainStep"] = package.TrainStep(net, nn.CrossEntropyLoss(), make(net.parameters()))
+    net = copy.deepcopy(model).train()
+    fused_mlp.fuse(net)
+    found["TrainStep"] = fused_mlp.TrainStep(net, nn.CrossEntropyLoss(), make(net.parameters()))
     return found
 
 
 def _bind(step: Callable[[Any, Any], object], x: Any, y: Any) -> Callable[[], object]:
     return lambda: step(x, y)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m bench train-step``: print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench train-step",
+        description="Time whole training steps in turns: eager and the fused network in the "
+        "ordinary loop, and fused_mlp.TrainStep.",
+    )
+    parser.add_argument("--smoke", action="store_true", help="one tiny case, to try it out")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument(
+        "--threads", type=options.whole, metavar="N", help="of PyTorch (default: as torch has it)"
+    )
+    parser.add_argument(
+        "--backend", choices=backends.NAMES, default="auto", help="whose kernels run"
+    )
+    chosen = parser.parse_args(argv)
+    with options.settings(chosen):
+        sys.stdout.write(plain(measure(torch.device(chosen.device), chosen.smoke)) + "\n")
+    return 0

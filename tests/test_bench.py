@@ -384,6 +384,13 @@ def test_compile_shows_what_compiling_adds(capsys: pytest.CaptureFixture[str]) -
     assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:3])
 
 
+def test_train_step_prints_a_line_for_every_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-step", "--smoke"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("TrainStep", "SGD, momentum", "Adam", "AdamW"))
+    assert out.count("10,64,32,5") == 3
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -396,6 +403,7 @@ def test_compile_shows_what_compiling_adds(capsys: pytest.CaptureFixture[str]) -
         ["frobnicate"],
         ["compare", "one.json"],
         ["overhead", "--batch", "1"],
+        ["train-step", "--threads", "none"],
     ],
 )
 def test_wrong_options_exit_with_2(arguments: list[str]) -> None:
