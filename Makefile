@@ -20,7 +20,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 READY := $(VENV)/.ready-$(NAME)
 
-.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz asan ubsan tsan gpu-check \
+.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz asan ubsan tsan wheels gpu-check \
   clean distclean help
 .DEFAULT_GOAL := help
 
@@ -35,6 +35,7 @@ help:
 	@echo 'make gpu-check  run the smoke tests on a GPU under compute-sanitizer'
 	@echo 'make fuzz       check FUZZ random calls of every op against float64, and as many wrong ones'
 	@echo 'make asan       run the tests over a CPU library built with a sanitizer (also ubsan, tsan)'
+	@echo 'make wheels     build the source archive and the wheel of a release into dist/'
 	@echo 'make clean      remove what was built; make distclean removes .venv as well'
 
 demo: $(READY)
@@ -70,6 +71,10 @@ abi-check: $(READY)
 
 gpu-check: $(READY)
 	$(RUN) scripts/gpu_check.py
+
+wheels: $(READY)
+	$(INSTALL) '.[release]'
+	$(RUN) scripts/wheels.py
 
 fuzz: $(READY)
 	FUSED_MLP_FUZZ=$(FUZZ) $(RUN) -m pytest -m fuzz $(PYTEST)
