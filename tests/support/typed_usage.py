@@ -13,6 +13,7 @@ from fused_mlp import (
     FuseReport,
     LinearReLU,
     Normalize,
+    TrainStep,
     backends,
     functional,
     ops,
@@ -35,6 +36,14 @@ def fusing(model: nn.Module) -> nn.Module:
     print(report, paths, fused_mlp.__version__)
     fused_mlp.synchronize_batch_norm(model, process_group=None)
     return fused_mlp.unfuse(model)
+
+
+def training(net: FusedResearchNet, x: Tensor, target: Tensor) -> str | None:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    step = TrainStep(net, nn.CrossEntropyLoss(), optimizer, max_norm=1.0, set_to_none=False)
+    loss: Tensor = step(x, target)
+    print(loss)
+    return step.ordinary_because
 
 
 def functions(x: Tensor, weight: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
