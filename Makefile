@@ -42,7 +42,7 @@ demo: $(READY)
 	$(RUN) -m fused_mlp demo $(DEMO)
 
 test: $(READY)
-	$(RUN) -m pytest -m 'not slow' $(PYTEST)
+	$(RUN) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 $(PYTEST)
 
 bench: $(READY)
 	$(RUN) -m bench $(BENCH)
