@@ -140,6 +140,7 @@ def run_packaged(folder: Path, name: str, imports: str) -> torch.Tensor:
     return torch.load(folder / "output.pt")
 
 
+@pytest.mark.slow
 def test_aot_inductor_package_with_the_fused_op_runs_in_a_fresh_process(tmp_path):
     eager, fused = pair_in("FusedResearchNet", "eval")
     package(torch.export.export(fused, (rows(),), dynamic_shapes=BATCH), tmp_path / "model.pt2")
