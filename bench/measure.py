@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from . import counting, environment, workload
 from .cases import Case
 from .errors import Unsupported, Wrong
 from .results import Row
-from .rivals import AGAIN, EAGER, FUSED, Contestant, Rival
-from .timing import Budget, interleave, ratios, spread
+from .rivals import AGAIN, EAGER, FUSED, RIVALS, Contestant, Rival
+from .timing import Budget, Samples, Spread, interleave, ratios, spread
 
 Exact = list[Tensor]
 
@@ -88,15 +88,33 @@ def _time(
     device: torch.device,
     budget: Budget,
 ) -> None:
-    steps = {name: contestant.step for name, contestant in contestants.items()}
-    samples = interleave(steps, budget, lambda: environment.synchronize(device))
+    """Race what runs on PyTorch's threads; then what has its own against fused, with rests."""
+    strangers = {name for name in contestants if name in RIVALS and RIVALS[name].own_threads}
+
+    def race(names: Iterable[str], pause: float) -> dict[str, Samples]:
+        steps = {name: contestants[name].step for name in names}
+        return interleave(steps, budget, lambda: environment.synchronize(device), pause)
+
+    samples = race([name for name in contestants if name not in strangers], 0.0)
     for name, taken in samples.items():
-        row, times = rows[name], spread(taken.seconds)
-        row.median_s, row.low_s, row.high_s = times.median, times.low, times.high
-        row.samples = times.count
         ratio = ratios(samples[EAGER].seconds, taken.seconds)
-        row.speed_up, row.speed_up_low, row.speed_up_high = ratio.median, ratio.low, ratio.high
-        row.over_fused = ratios(taken.seconds, samples[FUSED].seconds).median
+        over_fused = ratios(taken.seconds, samples[FUSED].seconds)
+        _fill(rows[name], taken, ratio, over_fused.median)
+    if strangers:
+        samples = race([FUSED, *strangers], budget.pause)
+        gain = rows[FUSED].speed_up or 0.0
+        for name in strangers:
+            taken = samples[name]
+            over_fused = ratios(taken.seconds, samples[FUSED].seconds)
+            _fill(rows[name], taken, over_fused.under(gain), over_fused.median)
+
+
+def _fill(row: Row, taken: Samples, ratio: Spread, over_fused: float) -> None:
+    times = spread(taken.seconds)
+    row.median_s, row.low_s, row.high_s = times.median, times.low, times.high
+    row.samples = times.count
+    row.speed_up, row.speed_up_low, row.speed_up_high = ratio.median, ratio.low, ratio.high
+    row.over_fused = over_fused
 
 
 def _count(

@@ -47,12 +47,15 @@ class Rival:
     Attributes:
         needs: packages it cannot do without.
         prepare: makes it ready; raises Unsupported.
+        own_threads: whether it computes on threads that are not PyTorch's, and that spin for a
+            while after a call.
     """
 
     name: str
     says: str
     needs: tuple[str, ...]
     prepare: Prepare
+    own_threads: bool = False
 
 
 def _module(workload: Workload, model: nn.Module) -> Contestant:
@@ -218,9 +221,11 @@ RIVALS = {
         Rival("compile", "torch.compile, default mode", (), _compiled(None)),
         Rival("compile-max", "torch.compile, max-autotune", (), _compiled("max-autotune")),
         Rival("onnxruntime", "ONNX Runtime, batch norm folded by us (eval)",
-              ("onnx", "onnxruntime"), external.onnxruntime),
-        Rival("openvino", "OpenVINO, float32 (eval)", ("openvino",), external.openvino),
-        Rival("jax", "jax.jit, forward and vjp in one call", ("jax",), external.jax),
+              ("onnx", "onnxruntime"), external.onnxruntime, own_threads=True),
+        Rival("openvino", "OpenVINO, float32 (eval)", ("openvino",), external.openvino,
+              own_threads=True),
+        Rival("jax", "jax.jit, forward and vjp in one call", ("jax",), external.jax,
+              own_threads=True),
         Rival("attorch", "attorch's Triton layers (on CUDA)", ("attorch",), external.attorch),
     )
 }  # fmt: skip

@@ -18,9 +18,11 @@ class Budget:
         seconds: what all contestants of a case may take together, once warmed up.
         sample: the least length of one sample in seconds; shorter steps are repeated inside it.
         rounds: least and most samples a contestant.
-        pause: seconds of rest before a sample: the threads of other runtimes spin for a while
-            after a call, on the cores that the next contestant wants. Without it, a step of 17 µs
-            took 4 ms beside ONNX Runtime, OpenVINO and JAX on two cores; with it, A/A is ±1 %.
+        pause: seconds of rest before a sample where runtimes with threads of their own race:
+            those spin for a while after a call, on the cores that the next contestant wants.
+            Without it, a step of 17 µs took 4 ms beside ONNX Runtime, OpenVINO and JAX on two
+            cores; with it, A/A is ±1 %. But PyTorch's own threads fall asleep in it, which makes
+            eager's small calls up to 1.5 times slower: so it is not for everybody.
     """
 
     seconds: float = 1.5
@@ -41,7 +43,10 @@ class Samples:
 
 
 def interleave(
-    steps: Mapping[str, Step], budget: Budget, synchronize: Callable[[], None] = lambda: None
+    steps: Mapping[str, Step],
+    budget: Budget,
+    synchronize: Callable[[], None] = lambda: None,
+    pause: float = 0.0,
 ) -> dict[str, Samples]:
     """Time every step once a round, in a new order each round.
 
@@ -52,6 +57,7 @@ def interleave(
         steps: what to call, by contestant.
         budget: how long.
         synchronize: waits for the device.
+        pause: seconds of rest before each sample.
     """
     result = {name: Samples() for name in steps}
     repeats = {name: _warm_up(step, budget, synchronize) for name, step in steps.items()}
@@ -64,7 +70,8 @@ def interleave(
             break
         shuffle(order)
         for name in order:
-            time.sleep(budget.pause)
+            if pause:
+                time.sleep(pause)
             _sample(steps[name], 1 + repeats[name] // 8, synchronize)  # caches and clocks again
             result[name].seconds.append(_sample(steps[name], repeats[name], synchronize))
     return result
@@ -105,6 +112,10 @@ class Spread:
     def relative(self) -> float:
         """Half the distance of the quartiles over the median."""
         return (self.high - self.low) / 2 / self.median if self.median else 0.0
+
+    def under(self, value: float) -> Spread:
+        """Return the spread of ``value`` divided by what this is a spread of."""
+        return Spread(value / self.median, value / self.high, value / self.low, self.count)
 
 
 def spread(values: Sequence[float]) -> Spread:
