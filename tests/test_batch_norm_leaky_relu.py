@@ -243,6 +243,14 @@ def test_evaluation_leaves_the_buffers(device: torch.device) -> None:
     assert (mean._version, var._version) == versions
 
 
+def test_evaluation_takes_no_eps(device: torch.device) -> None:
+    """Only a batch's own variance may be zero unnoticed; running ones are the caller's."""
+    x, mean, var = torch.randn(6, 4), torch.randn(4), torch.rand(4) + 0.5
+    x, mean, var = (t.to(device) for t in (x, mean, var))
+    ours = batch_norm_leaky_relu(x, mean, var, eps=0.0)
+    torch.testing.assert_close(ours, F.leaky_relu(F.batch_norm(x, mean, var, eps=0.0)))
+
+
 def test_no_gradient_for_the_statistics(device: torch.device) -> None:
     """Statistics that require a gradient do not make evaluation differentiable in them."""
     x = torch.randn(6, 4, device=device, requires_grad=True)
@@ -317,6 +325,9 @@ BAD = [
     (lambda x, m, v: f(x, m, v, 1.0, training=True), TypeError, "weight.*float"),
     (lambda x, m, v: f(x, m, v, eps=-1.0, training=True), ValueError, "eps must not be negative"),
     (lambda x, m, v: f(x, m, v, eps=float("nan"), training=True), ValueError, "eps"),
+    (lambda x, m, v: f(x, m, v, eps=0.0, training=True), ValueError, "eps must be positive"),
+    (lambda x, m, v: f(x[:0], m, v, eps=0, training=True), ValueError, "eps must be positive"),
+    (lambda x, m, v: OP(x, m, v, training=True, eps=0.0), ValueError, "eps must be positive"),
     (lambda x, m, v: f(x, m, v, momentum="a", training=True), TypeError, "momentum"),
     (lambda x, m, v: f(x, m, v, momentum=None, training=True), TypeError, "momentum"),
     (lambda x, m, v: f(x, m, v, negative_slope="a", training=True), TypeError, "negative_slope"),

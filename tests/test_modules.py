@@ -795,6 +795,9 @@ def test_batch_norm_leaky_relu_layer_agrees_with_eager(device, options, shape):
     torch.testing.assert_close(layer(x), F.leaky_relu(norm(x), 0.2), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
         layer(x[0, 0])
+    layer.train().eps = 0.0
+    with pytest.raises(ValueError, match=r"^batch_norm eps must be positive during training"):
+        layer(x)
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1, (0, 1)])

@@ -376,6 +376,19 @@ def test_single_row_in_training_raises_and_leaves_what_eager_leaves(runs):
         torch.testing.assert_close(found[name], value)
 
 
+def test_eps_of_zero_in_training_raises_eagers_error(runs):
+    """Also in a network whose calls were fine before its eps was set."""
+    eager, fused = ready(True, runs)
+    for net in (eager, fused):
+        next(m for m in net.modules() if isinstance(m, nn.BatchNorm1d)).eps = 0.0
+        with pytest.raises(ValueError, match=r"^batch_norm eps must be positive during training"):
+            net(torch.randn(6, 10))
+    eager.eval()
+    fused.eval()
+    x = torch.randn(6, 10)
+    torch.testing.assert_close(fused(x), eager(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "bad", [lambda: torch.randn(6, 9), lambda: torch.randn(10), lambda: "text", lambda: None]
 )

@@ -316,6 +316,7 @@ BAD = [
     ({"dropout_p": [float("nan")]}, ValueError, r"dropout_p\[0\].*nan"),
     ({"dropout_p": ["0.1"]}, TypeError, r"dropout_p\[0\].*str"),
     ({"eps": -1.0}, ValueError, "eps must not be negative"),
+    ({"eps": 0.0}, ValueError, "eps must be positive during training"),
     ({"momentum": "a"}, TypeError, "momentum"),
     ({"negative_slope": "a"}, TypeError, "negative_slope"),
 ]

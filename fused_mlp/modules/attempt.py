@@ -85,7 +85,7 @@ def batch_norm_leaky_relu(
         tracked,
     ):  # fmt: skip
         return None
-    if training and input.numel() <= input.shape[1]:
+    if training and (input.numel() <= input.shape[1] or not eps > 0):
         return None
     if grad_needed(input, weight, bias):
         output = BatchNormLeakyReLUFunction.apply(
@@ -140,7 +140,7 @@ def research_net(
         tensors, check_research_net, input, weights, biases, weight, bias, running_mean,
         running_var, training, [0.0] * len(dropout_p), None, eps, tracked,
     )  # fmt: skip
-    if variant is None or (training and input.shape[0] < 2):
+    if variant is None or (training and (input.shape[0] < 2 or not eps > 0)):
         return None
     seed = None
     if any(dropout_p):

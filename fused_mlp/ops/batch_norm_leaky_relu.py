@@ -250,6 +250,8 @@ def check_norm(
         check_number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}(): eps must not be negative, but got {eps}")
+    if training and eps == 0:  # as torch: equal values have no variance to divide by
+        raise ValueError(f"{op}(): eps must be positive during training, but got {eps}")
     if num_batches_tracked is not None:
         check_tensor(op, "num_batches_tracked", num_batches_tracked)
         if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
