@@ -19,6 +19,7 @@ from rich.console import Console
 
 from . import (
     cases,
+    compile_cost,
     environment,
     overhead,
     peaks,
@@ -48,6 +49,7 @@ BUDGETS = {
 _END_TO_END = {
     "training to an accuracy": training.measure,
     "training step": train_step.measure,
+    "compiling a fused step": compile_cost.measure,
     "serving": serving.measure,
 }
 
