@@ -10,6 +10,7 @@ import torch
 from support import EXAMPLES, INTERPRETED, example
 
 import fused_mlp.functional as FF
+from fused_mlp.activations import GELU, RELU, SILU, TANH
 from fused_mlp.ops.schemas import KERNEL_SCHEMAS, PUBLIC_SCHEMAS
 
 PUBLIC = torch.ops.fused_mlp
@@ -48,6 +49,22 @@ def public_calls(device: torch.device) -> dict:
         "normalize-dim": (PUBLIC.normalize, (*t((6, 4)), [0]), {"correction": 0.0, "eps": 0.1}),
         "linear_relu": (PUBLIC.linear_relu, t((6, 4), (5, 4), (5,)), {}),
         "linear_relu-seed": (PUBLIC.linear_relu, (*t((2, 3, 4), (5, 4)), None, 0.5, seed), {}),
+        "linear_act": (PUBLIC.linear_act, t((6, 4), (5, 4), (5,)), {"activation": "gelu"}),
+        "linear_act-seed": (
+            PUBLIC.linear_act,
+            (*t((2, 3, 4), (5, 4)), None, "tanh"),
+            {"dropout_p": 0.5, "seed": seed},
+        ),
+        "batch_norm_act": (
+            PUBLIC.batch_norm_act,
+            (*t((6, 4)), *buffers(device, 4)[:2], *t((4,), (4,)), True, 0.1, 1e-5, "relu"),
+            {"num_batches_tracked": buffers(device, 4)[2], "dropout_p": 0.5, "seed": seed},
+        ),
+        "batch_norm_act-eval": (
+            PUBLIC.batch_norm_act,
+            (*t((6, 4)), *buffers(device, 4)[:2], *t((4,), (4,)), False, 0.1, 1e-5, "relu"),
+            {},
+        ),
         "batch_norm_leaky_relu": (
             PUBLIC.batch_norm_leaky_relu,
             (*t((6, 4)), *buffers(device, 4)[:2], *t((4,), (4,)), True),
@@ -85,6 +102,12 @@ def raw_calls(device: torch.device) -> dict:
         "normalize-dim": (RAW.normalize, (x, [0], 1.0, 1e-3)),
         "linear_relu": (RAW.linear_relu, (x, weight, bias, 0.5, seed)),
         "linear_relu-none": (RAW.linear_relu, (x, weight, None, 0.0, None)),
+        "linear_act": (RAW.linear_act, (x, weight, bias, SILU, 0.01, 0.5, seed, True)),
+        "linear_act-none": (RAW.linear_act, (x, weight, None, TANH, 0.01, 0.0, None, False)),
+        "batch_norm_act": (
+            RAW.batch_norm_act,
+            (x, *buffers(device, 4), gamma, gamma, True, 0.1, 1e-5, RELU, 0.01, 0.5, seed),
+        ),
         "batch_norm_leaky_relu": (
             RAW.batch_norm_leaky_relu,
             (x, *buffers(device, 4), gamma, gamma, True, 0.1, 1e-5, 0.01),
@@ -125,6 +148,12 @@ def raw_calls(device: torch.device) -> dict:
             RAW.linear_relu_backward,
             (output, x, weight, output, 0.0, mask),
         )
+    output, hidden = RAW.linear_act(x, weight, bias, GELU, 0.01, 0.5, seed, True)
+    for mask in ([True, True, True], [False, True, False]):
+        calls[f"linear_act_backward-{sum(mask)}"] = (
+            RAW.linear_act_backward,
+            (output, x, weight, hidden, GELU, 0.01, 0.5, seed, mask),
+        )
     _, mean, rstd = RAW.batch_norm_leaky_relu(
         x, None, None, None, gamma, gamma, True, 0.1, 1e-5, 0.01
     )
@@ -132,6 +161,10 @@ def raw_calls(device: torch.device) -> dict:
         calls[f"batch_norm_leaky_relu_backward-{sum(mask)}"] = (
             RAW.batch_norm_leaky_relu_backward,
             (x, x, gamma, gamma, mean, rstd, True, 0.01, mask),
+        )
+        calls[f"batch_norm_act_backward-{sum(mask)}"] = (
+            RAW.batch_norm_act_backward,
+            (x, x, gamma, gamma, mean, rstd, True, RELU, 0.01, 0.5, seed, mask),
         )
     arguments = network(device)
     output, saved = RAW.research_net(
@@ -172,7 +205,12 @@ def test_public(device: torch.device, name: str) -> None:
 def test_raw(device: torch.device, name: str) -> None:
     op, arguments = raw_calls(device)[name]
     checks = ["test_schema", "test_faketensor"]
-    if name in ("batch_norm_leaky_relu", "research_net", "research_net_backward-9"):
+    if name in (
+        "batch_norm_leaky_relu",
+        "batch_norm_act",
+        "research_net",
+        "research_net_backward-9",
+    ):
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(op.default, tuple(arguments), test_utils=checks)
 
@@ -203,7 +241,9 @@ def compiled_step(x, weights, biases, norm, statistics):
     """A step with every op in it."""
     x = FF.normalize(x, 0)
     hidden = FF.linear_relu(x, weights[0], biases[0])
-    hidden = FF.batch_norm_leaky_relu(hidden @ weights[1].t(), *statistics, *norm, training=True)
+    hidden = FF.linear_act(hidden, weights[1], biases[1], "gelu")
+    hidden = FF.batch_norm_leaky_relu(hidden, *statistics, *norm, training=True)
+    hidden = FF.batch_norm_act(hidden, *statistics, *norm, training=True, activation="relu")
     whole = FF.research_net(x, weights, biases, *norm, *statistics, True)
     return hidden.sum() + whole.square().sum()
 
@@ -238,7 +278,16 @@ def test_compile_dropout(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["normalize-dim", "linear_relu", "batch_norm-eval", "research_net-eval"]
+    "name",
+    [
+        "normalize-dim",
+        "linear_relu",
+        "linear_act-gelu",
+        "linear_act-tanh-dropout",
+        "batch_norm-eval",
+        "batch_norm_act-eval",
+        "research_net-eval",
+    ],
 )
 def test_forward_mode(device: torch.device, name: str) -> None:
     """Forward-mode AD agrees with the plain formula's."""
@@ -250,7 +299,11 @@ def test_forward_mode(device: torch.device, name: str) -> None:
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("name", ["linear_relu", "batch_norm-eval", "research_net-eval"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_relu", "linear_act-gelu", "batch_norm-eval", "batch_norm_act-frozen",
+     "research_net-eval"],
+)  # fmt: skip
 def test_per_sample_gradients(device: torch.device, name: str) -> None:
     """vmap over grad, the per-sample gradients of torch.func."""
     case = example(name, dtype=torch.float64, device=device)
@@ -272,7 +325,11 @@ def test_per_sample_gradients(device: torch.device, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["linear_relu", "batch_norm-train", "research_net-train"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_relu", "linear_act-gelu", "linear_act-tanh-dropout", "batch_norm-train",
+     "batch_norm_act-relu", "research_net-train"],
+)  # fmt: skip
 def test_autocast(device: torch.device, name: str, dtype: torch.dtype) -> None:
     """Under autocast the ops take and give the dtypes the plain formula takes and gives."""
     case = example(name, dtype=torch.float32, device=device)

@@ -100,10 +100,14 @@ def linear_case(
     bias: bool = True,
     p: float = 0.0,
     *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    approximate: str = "none",
     dtype: torch.dtype = torch.float32,
     device: torch.device,
     seed: Sequence[int] = (0x1234567890ABCDEF, -77),
 ) -> Case:
+    """With an ``activation`` a case of linear_act, else of linear_relu."""
     source = _Source(dtype, device)
     in_features = shape[-1]
     bound = max(in_features, 1) ** -0.5
@@ -118,15 +122,29 @@ def linear_case(
     keep = keep_mask(seed_tensor, rows, out_features, p) if seed_tensor is not None else None
 
     def reference(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return plain.linear_relu(x, w, b, p, keep)
+        if activation is None:
+            return plain.linear_relu(x, w, b, p, keep)
+        hidden = torch.nn.functional.linear(x, w, b)
+        return plain.dropout(
+            plain.activation(hidden, activation, negative_slope, approximate), p, keep
+        )
 
+    def fused(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        if activation is None:
+            return torch.ops.fused_mlp.linear_relu(x, w, b, p, seed_tensor)
+        return torch.ops.fused_mlp.linear_act(
+            x, w, b, activation, negative_slope=negative_slope, approximate=approximate,
+            dropout_p=p, seed=seed_tensor,
+        )  # fmt: skip
+
+    smooth = activation not in (None, "none", "relu", "leaky_relu")
     return Case(
-        f"linear_relu({list(shape)} -> {out_features}, bias={bias}, p={p})",
+        f"linear_{activation or 'relu'}({list(shape)} -> {out_features}, bias={bias}, p={p})",
         tensors,
-        lambda x, w, b=None: torch.ops.fused_mlp.linear_relu(x, w, b, p, seed_tensor),
+        fused,
         reference,
         reference,
-        roundings=2 if p else 1,
+        roundings=1 + bool(p) + smooth,
     )
 
 
@@ -136,6 +154,8 @@ def batch_norm_case(
     affine: str = "both",
     negative_slope: float = 0.01,
     *,
+    activation: str | None = None,
+    p: float = 0.0,
     dtype: torch.dtype = torch.float32,
     parameter_dtype: torch.dtype | None = None,
     device: torch.device,
@@ -143,7 +163,10 @@ def batch_norm_case(
     offset: float = 0.0,
     eps: float = 1e-5,
 ) -> Case:
-    """``affine`` is one of "both", "weight", "bias" and "none"."""
+    """``affine`` is one of "both", "weight", "bias" and "none".
+
+    With an ``activation`` a case of batch_norm_act, else of batch_norm_leaky_relu.
+    """
     x = _Source(dtype, device).normal(*shape, scale=scale, offset=offset)
     source = _Source(parameter_dtype or dtype, device, seed=1)
     channels = shape[1]
@@ -160,19 +183,30 @@ def batch_norm_case(
         statistics = (None, None) if training else (mean.clone(), var.clone())
         return *statistics, given.get("weight"), given.get("bias")
 
+    columns = shape[-1]
+    seed = torch.tensor((0x1234567890ABCDEF, -77), device=device) if p else None
+    keep = keep_mask(seed, x.numel() // max(columns, 1), columns, p) if seed is not None else None
+    name = activation or "leaky_relu"
+
+    def finish(u: Tensor) -> Tensor:
+        return plain.dropout(plain.activation(u, name, negative_slope), p, keep)
+
+    def fused(x: Tensor, *t: Tensor) -> Tensor:
+        arguments = (x, *options(t), training, 0.1, eps)
+        if activation is None:
+            return torch.ops.fused_mlp.batch_norm_leaky_relu(*arguments, negative_slope)
+        return torch.ops.fused_mlp.batch_norm_act(
+            *arguments, activation, negative_slope=negative_slope, dropout_p=p, seed=seed
+        )
+
     return Case(
-        f"batch_norm_leaky_relu({list(shape)}, training={training}, affine={affine}, "
-        f"negative_slope={negative_slope})",
+        f"batch_norm_{name}({list(shape)}, training={training}, affine={affine}, "
+        f"negative_slope={negative_slope}, p={p})",
         tensors,
-        lambda x, *t: torch.ops.fused_mlp.batch_norm_leaky_relu(
-            x, *options(t), training, 0.1, eps, negative_slope
-        ),
-        lambda x, *t: plain.batch_norm_leaky_relu(
-            x, *options(t), training, 0.1, eps, negative_slope
-        ),
-        lambda x, *t: torch.nn.functional.leaky_relu(
-            plain.batch_norm_exact(x, *options(t), training, eps), negative_slope
-        ),
+        fused,
+        lambda x, *t: finish(torch.nn.functional.batch_norm(x, *options(t), training, 0.1, eps)),
+        lambda x, *t: finish(plain.batch_norm_exact(x, *options(t), training, eps)),
+        roundings=2 if p else 1,
     )
 
 
@@ -244,6 +278,22 @@ _EXAMPLES: dict[str, Callable[..., Case]] = {
     "linear_relu": lambda **o: linear_case((7, 5), 9, **o),
     "linear_relu-no_bias": lambda **o: linear_case((2, 3, 5), 4, bias=False, **o),
     "linear_relu-dropout": lambda **o: linear_case((7, 5), 9, p=0.3, **o),
+    "linear_act-none": lambda **o: linear_case((7, 5), 9, p=0.3, activation="none", **o),
+    "linear_act-leaky_relu": lambda **o: linear_case(
+        (2, 3, 5), 4, bias=False, activation="leaky_relu", negative_slope=0.2, **o
+    ),
+    "linear_act-gelu": lambda **o: linear_case((7, 5), 9, activation="gelu", **o),
+    "linear_act-silu": lambda **o: linear_case((7, 5), 9, p=0.3, activation="silu", **o),
+    "linear_act-tanh": lambda **o: linear_case((7, 5), 9, activation="tanh", **o),
+    "linear_act-tanh-dropout": lambda **o: linear_case((7, 5), 9, p=0.3, activation="tanh", **o),
+    "batch_norm_act-relu": lambda **o: batch_norm_case((7, 5), True, activation="relu", **o),
+    "batch_norm_act-dropout": lambda **o: batch_norm_case(
+        (4, 3, 5), True, activation="none", p=0.3, **o
+    ),
+    "batch_norm_act-eval": lambda **o: batch_norm_case(
+        (7, 5), False, activation="leaky_relu", p=0.3, **o
+    ),
+    "batch_norm_act-frozen": lambda **o: batch_norm_case((7, 5), False, activation="relu", **o),
     "batch_norm-train": lambda **o: batch_norm_case((7, 5), True, **o),
     "batch_norm-train-3d": lambda **o: batch_norm_case((4, 3, 5), True, **o),
     "batch_norm-train-plain": lambda **o: batch_norm_case((7, 5), True, affine="none", **o),

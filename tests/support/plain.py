@@ -44,19 +44,20 @@ def linear_relu(
     return dropout(F.relu(F.linear(x, weight, bias)), p, keep)
 
 
-def batch_norm_leaky_relu(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    negative_slope: float,
-) -> Tensor:
-    output = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return F.leaky_relu(output, negative_slope)
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(x: Tensor, name: str, negative_slope: float, approximate: str = "none") -> Tensor:
+    if name == "leaky_relu":
+        return F.leaky_relu(x, negative_slope)
+    return F.gelu(x, approximate=approximate) if name == "gelu" else ACTIVATIONS[name](x)
 
 
 def batch_norm_exact(

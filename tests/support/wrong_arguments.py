@@ -22,6 +22,7 @@ from fused_mlp.ops import schemas
 
 FLOATS = (0.0, 0.3, 1.0, -1.0, 2.0, 1e-5, 1e300, float("nan"), float("inf"), float("-inf"))
 INTS = (-3, -1, 0, 1, 2, 5, 2**62, -(2**63))
+WORDS = ("none", "none", "relu", "leaky_relu", "gelu", "silu", "tanh", "tanh", "elu", "")
 SIZES = (0, 1, 2, 3, 5, 8, 16, 17, 33)
 FITTING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (
@@ -95,7 +96,7 @@ class Arguments:
             inner = kind[len("List[") : -1]
             lengths = (0, 1, 3, 3, 7, 9, 11) if inner == "bool" else (0, 1, 1, 2, 2, 3, 9)
             return [self._value(inner, name) for _ in range(choose(lengths))]
-        return choose({"bool": (True, False), "float": FLOATS, "int": INTS}[kind])
+        return choose({"bool": (True, False), "float": FLOATS, "int": INTS, "str": WORDS}[kind])
 
     def _tensor(self) -> Tensor:
         if self._random.random() < self._right:
