@@ -428,8 +428,11 @@ def test_cache_that_cannot_be_written(
     assert "FUSED_MLP_CACHE" in caught.value.remedy
 
 
+on_posix = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+
+
 @needs_compiler
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@on_posix
 def test_cache_that_others_may_write_to_is_refused(
     installed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,12 +440,62 @@ def test_cache_that_others_may_write_to_is_refused(
     tmp_path.chmod(0o777)
     with pytest.raises(installed.BuildUnavailable, match="other users may write") as caught:
         installed.library_path("cpu")
-    assert "chmod o-w" in caught.value.remedy
+    assert "chmod go-w" in caught.value.remedy
     tmp_path.chmod(0o755)
     assert installed.library_path("cpu").is_file()
     tmp_path.chmod(0o777)  # nor is a library taken from there that others may have replaced
     with pytest.raises(installed.BuildUnavailable, match="other users may write"):
         installed.library_path("cpu")
+
+
+@needs_compiler
+@on_posix
+def test_cache_is_made_for_its_user_alone(installed: ModuleType) -> None:
+    folder = installed.library_path("cpu").parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@on_posix
+@pytest.mark.parametrize(
+    ("mode", "owner", "group", "taken"),
+    [
+        (0o755, 0, 0, True),
+        (0o775, 0, 0, True),  # the user's own group
+        (0o775, 0, 12345, False),
+        (0o1777, 0, 0, True),  # as /tmp: others can add files and not replace ours
+        (0o777, 0, 0, False),
+        (0o755, 12345, 0, False),
+    ],
+)
+def test_folders_above_the_cache_count(
+    installed: ModuleType, tmp_path: Path, mode: int, owner: int, group: int, taken: bool
+) -> None:
+    """Whoever can rename a folder above the cache can put another in its place."""
+    if os.getuid() != 0:
+        pytest.skip("only root can give a folder away")
+    above = tmp_path / "above"
+    folder = above / "root" / "fingerprint"
+    folder.mkdir(parents=True)
+    os.chown(above, owner, group)
+    above.chmod(mode)
+    check = sys.modules[f"{installed.__name__}.library"]._check_private
+    if taken:
+        assert check(folder) == folder.resolve()
+        return
+    with pytest.raises(installed.BuildUnavailable, match="other users may write") as caught:
+        check(folder)
+    assert str(above) in caught.value.reason
+    assert caught.value.remedy
+
+
+@on_posix
+def test_cache_is_looked_for_behind_links(installed: ModuleType, tmp_path: Path) -> None:
+    """Who owns a link can turn it elsewhere after the check: what is used has no link in it."""
+    folder = tmp_path / "real" / "fingerprint"
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    check = sys.modules[f"{installed.__name__}.library"]._check_private
+    assert check(tmp_path / "link" / "fingerprint") == folder.resolve()
 
 
 @needs_compiler
@@ -564,6 +617,22 @@ def test_nvcc_from_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     missing = _build.find_nvcc()
     assert missing.path is None
     assert "cuda-build" in missing.remedy
+
+
+def test_a_toolkit_named_by_hand_is_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with CXX: another nvcc in its place could be of another version."""
+    executable(tmp_path / "nvcc", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    missing = _build.find_nvcc()
+    assert missing.path is None
+    assert f"CUDA_HOME={tmp_path / 'elsewhere'}" in missing.reason
+    assert "CUDA_HOME" in missing.remedy
+    monkeypatch.setenv("CUDA_HOME", "")
+    assert _build.find_nvcc().path == tmp_path / "nvcc"
 
 
 def test_compiler_with_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

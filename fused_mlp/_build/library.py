@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import warnings
@@ -80,7 +81,7 @@ def describe(library: Path) -> dict[str, Any]:
     """What is known of a built library: fingerprint, compiler, instruction sets or GPUs."""
     try:
         facts = json.loads(library.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -140,31 +141,49 @@ def _cached(kind: str, csrc: Path) -> Path:
     folder = cache_root() / name
     library = folder / f"_C_{kind}.so"
     if library.is_file():
-        _check_private(folder)
-        return library
+        return _check_private(folder) / library.name
     _check_buildable(kind, csrc)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise BuildUnavailable(
             f"the cache {folder} cannot be written: {error.strerror}",
             "set FUSED_MLP_CACHE to a folder that can",
         ) from error
-    _check_private(folder)
-    return _build_once(kind, csrc, folder / f"objects-{kind}", library)
+    folder = _check_private(folder)
+    return _build_once(kind, csrc, folder / f"objects-{kind}", folder / library.name)
 
 
-def _check_private(folder: Path) -> None:
-    """Raises BuildUnavailable where another user could have put a library of theirs."""
+def _check_private(folder: Path) -> Path:
+    """The folder without links. Raises BuildUnavailable where another user could change it.
+
+    As sshd looks at its key files: the folder and all above it, up to the user's home, belong to
+    the user or to root and are not writable by others. A group may write that is the user's own.
+    Above the cache, others may write where only a file's owner can replace it, as in /tmp.
+    """
+    folder = folder.resolve()  # a link checked now may lead elsewhere later
     if not hasattr(os, "getuid"):
-        return
-    for place in (folder, folder.parent):
+        return folder
+    home = Path.home().resolve()
+    places = [folder, *folder.parents]
+    if home in places:
+        places = places[: places.index(home) + 1]
+    for place in places:
         state = place.stat()
-        if state.st_uid not in (os.getuid(), 0) or state.st_mode & 0o002:
+        foreign = state.st_uid not in (os.getuid(), 0)
+        by_group = state.st_mode & stat.S_IWGRP and state.st_gid not in (os.getgid(), 0)
+        shared = by_group or state.st_mode & stat.S_IWOTH
+        sticky = state.st_mode & stat.S_ISVTX and place not in (folder, folder.parent)
+        if foreign or (shared and not sticky):
             raise BuildUnavailable(
-                f"other users may write to the cache {place}",
-                f"run: chmod o-w {place}, or set FUSED_MLP_CACHE to a folder of your own",
+                f"other users may write to the cache {folder}: {place} is "
+                + ("another user's" if foreign else f"{stat.filemode(state.st_mode)}"),
+                "set FUSED_MLP_CACHE to a folder of your own"
+                if foreign
+                else f"run: chmod go-w {place}, or set FUSED_MLP_CACHE to a folder of your own",
             )
+    return folder
 
 
 def _build_once(kind: str, csrc: Path, folder: Path, library: Path) -> Path:

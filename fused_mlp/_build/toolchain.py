@@ -130,12 +130,18 @@ def find_cxx() -> Tool:
 
 
 def find_nvcc() -> Tool:
-    """nvcc under CUDA_HOME or CUDA_PATH, on PATH, in /usr/local/cuda, or from PyPI packages."""
+    """nvcc of the toolkit that CUDA_HOME or CUDA_PATH names; without either the one on PATH, in
+    /usr/local/cuda, or from PyPI packages."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if prefix := os.environ.get(variable):
             candidate = Path(prefix) / "bin" / "nvcc"
             if candidate.is_file():
                 return Tool(candidate)
+            return Tool(
+                None,
+                f"no nvcc: {variable}={prefix} has no bin/nvcc",
+                f"point {variable} to a CUDA toolkit, or unset it",
+            )
     if path := shutil.which("nvcc"):
         return Tool(Path(path))
     if (candidate := CUDA_FOLDER / "bin" / "nvcc").is_file():
