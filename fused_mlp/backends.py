@@ -29,12 +29,17 @@ from .ops.schemas import KERNEL_SCHEMAS, KERNELS, kernels_library
 
 NAMES = ("auto", "native", "triton", "reference")
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+OPS = tuple(kernel for kernel in KERNEL_SCHEMAS if not kernel.endswith("_backward"))
 _INTERPRETED = "TRITON_INTERPRET"
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One backend on one device: whether it can run, and where it lies or what it lacks."""
+    """One backend on one device: whether it can run, and where it lies or what it lacks.
+
+    Attributes:
+        plain: the ops it has no kernel for; plain PyTorch computes them in its place.
+    """
 
     device: str
     name: str
@@ -42,15 +47,21 @@ class BackendStatus:
     active: bool
     detail: str
     remedy: str = ""
+    plain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Library:
-    """A compiled library: its path, or the reason there is none and what helps."""
+    """A compiled library: its path, or the reason there is none and what helps.
+
+    Attributes:
+        plain: the ops it has no kernel for.
+    """
 
     path: str | None
     reason: str = ""
     remedy: str = ""
+    plain: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------------- what is there
@@ -64,12 +75,20 @@ def _native(device: str) -> _Library:
     try:
         path = str(_build.library_path(device))
         _drop_trampoline(device)
+        before = _registrations(device)
         torch.ops.load_library(path)
     except _build.BuildUnavailable as error:
         return _Library(None, error.reason, error.remedy)
     except OSError as error:
         return _Library(None, str(error).splitlines()[0], "reinstall fused_mlp")
-    return _Library(path)
+    after = _registrations(device)
+    return _Library(path, plain=tuple(op for op in OPS if after[op] == before[op]))
+
+
+def _registrations(device: str) -> dict[str, int]:
+    """Return how many implementations of each op ``device`` has, overridden ones among them."""
+    line = f"\n{_KEYS[device]}"
+    return {op: torch._C._dispatch_dump(f"{KERNELS}::{op}").count(line) for op in OPS}
 
 
 def _triton_missing(device: str) -> tuple[str, str] | None:
@@ -122,6 +141,7 @@ def status() -> list[BackendStatus]:
                 active == "native",
                 native.path or native.reason,
                 native.remedy,
+                native.plain,
             ),
             BackendStatus(
                 device,
@@ -132,6 +152,7 @@ def status() -> list[BackendStatus]:
                 if missing
                 else f"triton {importlib.import_module('triton').__version__}",
                 missing[1] if missing else "",
+                () if missing else tuple(op for op in OPS if not _in_triton(op)),
             ),
             BackendStatus(device, "reference", True, active == "reference", "plain PyTorch"),
         ]
@@ -214,7 +235,19 @@ def _implementation(backend: str) -> Callable[[str], Callable[..., Any]]:
     """Return the function that finds a backend's implementation of a raw kernel by name."""
     if backend == "reference":
         return _plain_kernel
-    return lambda kernel: getattr(_triton_module(kernel), kernel)
+    return _triton_kernel
+
+
+def _triton_kernel(kernel: str) -> Callable[..., Any]:
+    """Return the Triton kernel, or the reference's where Triton has none."""
+    if not _in_triton(kernel):
+        return _plain_kernel(kernel)
+    function: Callable[..., Any] = getattr(_triton_module(kernel), kernel)
+    return function
+
+
+def _in_triton(kernel: str) -> bool:
+    return importlib.util.find_spec(_triton_module_name(kernel)) is not None
 
 
 def _plain_kernel(kernel: str) -> Callable[..., Any]:
@@ -245,7 +278,11 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _triton_module(kernel: str) -> ModuleType:
-    return importlib.import_module(f"fused_mlp.kernels.{kernel.removesuffix('_backward')}")
+    return importlib.import_module(_triton_module_name(kernel))
+
+
+def _triton_module_name(kernel: str) -> str:
+    return f"fused_mlp.kernels.{kernel.removesuffix('_backward')}"
 
 
 def _register(library: Library, key: str, find: Callable[[str], Callable[..., Any]]) -> None:

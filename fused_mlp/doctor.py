@@ -185,9 +185,17 @@ def _cases(device: str) -> dict[str, Case]:
             lambda x: functional.linear_relu(x, weights[0], biases[0]),
             lambda x: F.relu(F.linear(x, weights[0], biases[0])),
         ),
+        "linear_act": (
+            lambda x: functional.linear_act(x, weights[0], biases[0], "gelu"),
+            lambda x: F.gelu(F.linear(x, weights[0], biases[0])),
+        ),
         "batch_norm_leaky_relu": (
             lambda x: functional.batch_norm_leaky_relu(x, None, None, training=True),
             lambda x: F.leaky_relu(F.batch_norm(x, None, None, training=True)),
+        ),
+        "batch_norm_act": (
+            lambda x: functional.batch_norm_act(x, None, None, training=True, activation="relu"),
+            lambda x: F.relu(F.batch_norm(x, None, None, training=True)),
         ),
         "research_net": (
             lambda x: functional.research_net(
@@ -254,6 +262,8 @@ def render(report: Report) -> str:
         made = state.get("library") or {}
         if parts := made.get("isas") or made.get("architectures"):
             lines.append(f"{'':35}for {', '.join(parts)}; built with {made['compiler']}")
+        if state["available"] and state["plain"]:
+            lines.append(f"{'':35}but {', '.join(state['plain'])} on plain PyTorch")
         if state["remedy"] and not state["available"]:
             lines.append(f"{'':35}-> {state['remedy']}")
 

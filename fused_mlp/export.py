@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _LEFT_ALONE: dict[Any, Callable[..., Any]] = {
     torch.ops.fused_mlp.normalize.default: ops.normalize,
     torch.ops.fused_mlp.linear_relu.default: ops.linear_relu,
+    torch.ops.fused_mlp.linear_act.default: ops.linear_act,
 }
 
 

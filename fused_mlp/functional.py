@@ -91,6 +91,46 @@ def linear_relu(
     return ops.linear_relu(input, weight, bias, p)
 
 
+def linear_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    negative_slope: float = 0.01,
+    approximate: str = "none",
+) -> Tensor:
+    """Linear, an activation and dropout: :func:`linear_relu` with a choice of activations.
+
+    Args:
+        input, weight, bias, dropout_p, training: as in :func:`linear_relu`.
+        activation: "none", "relu", "leaky_relu", "gelu", "silu" or "tanh", as the functions of
+            these names in ``torch.nn.functional``.
+        negative_slope: of leaky ReLU, below zero.
+        approximate: of GELU (Hendrycks & Gimpel, 2016, https://arxiv.org/abs/1606.08415): "none"
+            or "tanh".
+
+    Returns:
+        A tensor of shape (*, out_features).
+
+    Raises:
+        ValueError: for another activation or approximation.
+    """
+    if training:
+        p = dropout_p
+    else:
+        ops.check_probability("linear_act", "dropout_p", dropout_p)
+        p = 0.0
+    op = torch.ops.fused_mlp.linear_act if torch.compiler.is_compiling() else ops.linear_act
+    output: Tensor = op(
+        input, weight, bias, activation, negative_slope=negative_slope, approximate=approximate,
+        dropout_p=p,
+    )  # fmt: skip
+    return output
+
+
 def batch_norm_leaky_relu(
     input: Tensor,
     running_mean: Tensor | None,
@@ -137,6 +177,50 @@ def batch_norm_leaky_relu(
     return ops.batch_norm_leaky_relu(
         input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
     )
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    dropout_p: float = 0.0,
+    *,
+    negative_slope: float = 0.01,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Batch normalization, an activation and dropout.
+
+    Args:
+        input, running_mean, running_var, weight, bias, momentum, eps: as in
+            :func:`batch_norm_leaky_relu`.
+        training: whether batch statistics are used and dropout is applied.
+        activation: "none", "relu" or "leaky_relu".
+        dropout_p: probability of an element to be zeroed, as in :func:`linear_relu`.
+        negative_slope: of leaky ReLU, below zero.
+        num_batches_tracked: int64 scalar tensor that a call in training counts up by one.
+
+    Returns:
+        A tensor of the shape of ``input``.
+
+    Raises:
+        ValueError: for another activation.
+    """
+    if not training:
+        ops.check_probability("batch_norm_act", "dropout_p", dropout_p)
+        dropout_p = 0.0
+    op = torch.ops.fused_mlp.batch_norm_act if torch.compiler.is_compiling() else ops.batch_norm_act
+    output: Tensor = op(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, activation,
+        negative_slope=negative_slope, dropout_p=dropout_p,
+        num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+    return output
 
 
 def research_net(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import activations
 from .dropout import keep_mask
 
 
@@ -102,24 +103,108 @@ def normalize_backward(
     return (rstd * (grad - centre) - centred * slope).to(input.dtype)
 
 
-# ----------------------------------------------------------------------------- linear_relu
+# ------------------------------------------------------------------ linear_act, linear_relu
 
 
 def _dropout(input: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
     if p == 0 or seed is None:
         return input
+    if not 0 <= p <= 1:
+        raise ValueError(f"a dropout probability has to be between 0 and 1, but got {p}")
     columns = input.shape[-1]
     rows = input.numel() // columns if columns else 0
     keep = keep_mask(seed, rows, columns, p, stream).reshape(input.shape)
-    scale = 1 / (1 - p) if p < 1 else 0.0
     # A product, as torch's dropout: a NaN or an infinity that is dropped becomes NaN.
-    return input * (keep.to(input.dtype) * scale)
+    return input * (keep.to(input.dtype) * _scale(p))
+
+
+def _scale(p: float) -> float:
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def activate_and_drop(
+    input: Tensor, activation: int, negative_slope: float, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """Return what stands behind the Linear or the batch norm in linear_act and batch_norm_act."""
+    output = activations.TABLE[activation].value(input, negative_slope)
+    return _dropout(output, dropout_p, seed, 0)
+
+
+def linear_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    keep_input: bool,
+) -> list[Tensor]:
+    activations.check_number("linear_act", activation)
+    hidden = F.linear(input, weight, bias)
+    output = activate_and_drop(hidden, activation, negative_slope, dropout_p, seed)
+    if not keep_input:
+        return [output]
+    return [output, hidden.clone() if output is hidden else hidden]
+
+
+def linear_act_formula(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    return linear_act(
+        input, weight, bias, activation, negative_slope, dropout_p, seed, False
+    )[0]  # fmt: skip
+
+
+def linear_act_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    kept: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    activations.check_number("linear_act_backward", activation)
+    grad = _dropout(grad_output, dropout_p, seed, 0)
+    known = activations.TABLE[activation]
+    if known.kept != activations.NOTHING:
+        if kept is None:
+            raise RuntimeError("linear_act_backward(): this activation needs what forward kept")
+        if activation == activations.TANH and seed is not None and 0 < dropout_p < 1:
+            kept = (kept.to(accumulate_dtype(kept.dtype)) / _scale(dropout_p)).to(kept.dtype)
+        grad = known.gradient(grad, kept, negative_slope)
+    return _linear_gradients(grad, input, weight, output_mask)
+
+
+def _linear_gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, output_mask: Sequence[bool]
+) -> list[Tensor]:
+    """Return the gradients of input, weight and bias that are wanted, from the product's."""
+    rows = math.prod(input.shape[:-1])  # a size of -1 is ambiguous beside one of 0
+    flat = grad.reshape(rows, weight.shape[0])
+    gradients = []
+    if output_mask[0]:
+        gradients.append(grad @ weight)
+    if output_mask[1]:
+        gradients.append(flat.t() @ input.reshape(rows, weight.shape[1]))
+    if output_mask[2]:
+        gradients.append(flat.sum(0, dtype=accumulate_dtype(flat.dtype)).to(flat.dtype))
+    return gradients
 
 
 def linear_relu(
     input: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    return _dropout(F.linear(input, weight, bias).relu(), dropout_p, seed, 0)
+    return linear_act_formula(input, weight, bias, activations.RELU, 0.0, dropout_p, seed)
 
 
 linear_relu_formula = linear_relu
@@ -133,22 +218,12 @@ def linear_relu_backward(
     dropout_p: float,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
-    scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-    # Zero exactly where ReLU or the mask stopped the value, so the output is all that is needed.
-    grad = (grad_output * scale).masked_fill(output <= 0, 0)
-    rows = math.prod(input.shape[:-1])  # a size of -1 is ambiguous beside one of 0
-    flat = grad.reshape(rows, weight.shape[0])
-    gradients = []
-    if output_mask[0]:
-        gradients.append(grad @ weight)
-    if output_mask[1]:
-        gradients.append(flat.t() @ input.reshape(rows, weight.shape[1]))
-    if output_mask[2]:
-        gradients.append(flat.sum(0, dtype=accumulate_dtype(flat.dtype)).to(flat.dtype))
-    return gradients
+    # Zero exactly where ReLU or the mask stopped the value: here the output is all that is needed.
+    grad = (grad_output * _scale(dropout_p)).masked_fill(output <= 0, 0)
+    return _linear_gradients(grad, input, weight, output_mask)
 
 
-# ------------------------------------------------------------------- batch_norm_leaky_relu
+# --------------------------------------------------- batch_norm_act, batch_norm_leaky_relu
 
 
 def _per_channel(vector: Tensor, input: Tensor) -> Tensor:
@@ -163,6 +238,39 @@ def _affine(x: Tensor, vector: Tensor | None, default: float, input: Tensor) -> 
     return default if vector is None else _per_channel(vector.to(x.dtype), input)
 
 
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    activations.check_number("batch_norm_act", activation, activations.LEAKY_RELU)
+    x = input.to(accumulate_dtype(input.dtype))
+    dims = _channel_dims(input)
+    if training:
+        mean, centred = _centre(x, dims, False)
+        var = centred.square().mean(dims)
+        _update_running(mean, var, input, running_mean, running_var, num_batches_tracked, momentum)
+    elif running_mean is None or running_var is None:
+        raise RuntimeError("batch norm: evaluation needs running_mean and running_var")
+    else:
+        mean, var = running_mean.to(x.dtype, copy=True), running_var.to(x.dtype)
+    rstd = (var + eps).rsqrt()
+    normalized = (x - _per_channel(mean, input)) * _per_channel(rstd, input)
+    affine = normalized * _affine(x, weight, 1.0, input) + _affine(x, bias, 0.0, input)
+    output = activate_and_drop(affine, activation, negative_slope, dropout_p, seed)
+    return output.to(input.dtype), mean, rstd
+
+
 def batch_norm_leaky_relu(
     input: Tensor,
     running_mean: Tensor | None,
@@ -175,20 +283,10 @@ def batch_norm_leaky_relu(
     eps: float,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = input.to(accumulate_dtype(input.dtype))
-    dims = _channel_dims(input)
-    if training:
-        mean, centred = _centre(x, dims, False)
-        var = centred.square().mean(dims)
-        _update_running(mean, var, input, running_mean, running_var, num_batches_tracked, momentum)
-    elif running_mean is None or running_var is None:
-        raise RuntimeError("batch_norm_leaky_relu(): evaluation needs running_mean and running_var")
-    else:
-        mean, var = running_mean.to(x.dtype, copy=True), running_var.to(x.dtype)
-    rstd = (var + eps).rsqrt()
-    normalized = (x - _per_channel(mean, input)) * _per_channel(rstd, input)
-    affine = normalized * _affine(x, weight, 1.0, input) + _affine(x, bias, 0.0, input)
-    return F.leaky_relu(affine, negative_slope).to(input.dtype), mean, rstd
+    return batch_norm_act(
+        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+        eps, activations.LEAKY_RELU, negative_slope, 0.0, None,
+    )  # fmt: skip
 
 
 def _update_running(
@@ -212,7 +310,7 @@ def _update_running(
         num_batches_tracked.add_(1)
 
 
-def batch_norm_leaky_relu_formula(
+def batch_norm_act_formula(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -220,7 +318,10 @@ def batch_norm_leaky_relu_formula(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    activation: int,
     negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """Return the output from differentiable steps; running statistics are read, never written."""
     x = input.to(accumulate_dtype(input.dtype))
@@ -232,10 +333,27 @@ def batch_norm_leaky_relu_formula(
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
     normalized = (x - _per_channel(mean, input)) * _per_channel((var + eps).rsqrt(), input)
     affine = normalized * _affine(x, weight, 1.0, input) + _affine(x, bias, 0.0, input)
-    return F.leaky_relu(affine, negative_slope).to(input.dtype)
+    output = activate_and_drop(affine, activation, negative_slope, dropout_p, seed)
+    return output.to(input.dtype)
 
 
-def batch_norm_leaky_relu_backward(
+def batch_norm_leaky_relu_formula(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    negative_slope: float,
+) -> Tensor:
+    return batch_norm_act_formula(
+        input, running_mean, running_var, weight, bias, training, eps, activations.LEAKY_RELU,
+        negative_slope, 0.0, None,
+    )  # fmt: skip
+
+
+def batch_norm_act_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
@@ -243,15 +361,19 @@ def batch_norm_leaky_relu_backward(
     mean: Tensor,
     rstd: Tensor,
     training: bool,
+    activation: int,
     negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
+    activations.check_number("batch_norm_act_backward", activation, activations.LEAKY_RELU)
     dims = _channel_dims(input)
-    x, grad = input.to(mean.dtype), grad_output.to(mean.dtype)
+    x, grad = input.to(mean.dtype), _dropout(grad_output.to(mean.dtype), dropout_p, seed, 0)
     normalized = (x - _per_channel(mean, input)) * _per_channel(rstd, input)
     gamma = _affine(x, weight, 1.0, input)
     affine = normalized * gamma + _affine(x, bias, 0.0, input)
-    grad = torch.where(affine > 0, grad, grad * negative_slope)
+    grad = activations.TABLE[activation].gradient(grad, affine, negative_slope)
     count = max(input.numel() // max(input.shape[1], 1), 1)
     grad_bias = grad.sum(dims)
     grad_weight = (grad * normalized).sum(dims)
@@ -268,6 +390,23 @@ def batch_norm_leaky_relu_backward(
     return gradients
 
 
+def batch_norm_leaky_relu_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    negative_slope: float,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    return batch_norm_act_backward(
+        grad_output, input, weight, bias, mean, rstd, training, activations.LEAKY_RELU,
+        negative_slope, 0.0, None, output_mask,
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------- research_net
 
 
@@ -279,11 +418,11 @@ def _hidden_activations(
     seed: Tensor | None,
 ) -> list[Tensor]:
     """Return the input followed by the output of every Linear+ReLU+Dropout layer."""
-    activations = [input]
+    outputs = [input]
     for layer, p in enumerate(dropout_p):
-        hidden = F.linear(activations[-1], weights[layer], biases[layer]).relu()
-        activations.append(_dropout(hidden, p, seed, layer))
-    return activations
+        hidden = F.linear(outputs[-1], weights[layer], biases[layer]).relu()
+        outputs.append(_dropout(hidden, p, seed, layer))
+    return outputs
 
 
 def research_net(
@@ -363,8 +502,8 @@ def research_net_backward(
 ) -> list[Tensor]:
     channels = weights[-2].shape[0]  # other backends keep more behind these
     mean, rstd = saved[:channels], saved[channels : 2 * channels]
-    activations = _hidden_activations(input, weights, biases, dropout_p, seed)
-    before_norm = F.linear(activations[-1], weights[-2], biases[-2])
+    outputs = _hidden_activations(input, weights, biases, dropout_p, seed)
+    before_norm = F.linear(outputs[-1], weights[-2], biases[-2])
     normalized = (before_norm.to(mean.dtype) - mean) * rstd
     affine = normalized * (1.0 if bn_weight is None else bn_weight.to(mean.dtype))
     affine = affine if bn_bias is None else affine + bn_bias.to(mean.dtype)
@@ -383,13 +522,13 @@ def research_net_backward(
         negative_slope,
         (True, True, True),
     )
-    grad_weights.insert(0, grad.t() @ activations[-1])
+    grad_weights.insert(0, grad.t() @ outputs[-1])
     grad_biases.insert(0, grad.sum(0))
     grad = grad @ weights[-2]
     for layer in reversed(range(len(dropout_p))):
         p = dropout_p[layer] if seed is not None else 0.0
         grad, grad_weight, grad_bias = linear_relu_backward(
-            grad, activations[layer], weights[layer], activations[layer + 1], p, (True, True, True)
+            grad, outputs[layer], weights[layer], outputs[layer + 1], p, (True, True, True)
         )
         grad_weights.insert(0, grad_weight)
         grad_biases.insert(0, grad_bias)

@@ -176,20 +176,21 @@ def check(
     training: bool,
     eps: float,
     num_batches_tracked: Tensor | None,
+    op: str = "batch_norm_leaky_relu",
 ) -> None:
     """Raise for arguments that do not fit together, before anything runs."""
     check_tensors(
-        input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked
+        input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked, op
     )
     if training and input.numel() == input.shape[1] > 0:
-        raise_one_value(input)
+        raise_one_value(input, op)
 
 
-def raise_one_value(input: Tensor) -> NoReturn:
+def raise_one_value(input: Tensor, op: str = "batch_norm_leaky_relu") -> NoReturn:
     """Raise torch's error for a batch whose variance says nothing."""
     raise ValueError(
-        "batch_norm_leaky_relu(): expected more than 1 value per channel when training, got input "
-        f"size {input.shape}"
+        f"{op}(): expected more than 1 value per channel when training, got input size "
+        f"{input.shape}"
     )
 
 
@@ -202,9 +203,9 @@ def check_tensors(
     training: bool,
     eps: float,
     num_batches_tracked: Tensor | None,
+    op: str = "batch_norm_leaky_relu",
 ) -> None:
     """Raise as :func:`check`, but take any number of rows."""
-    op = "batch_norm_leaky_relu"
     check_tensor(op, "input", input)
     check_floating(op, "input", input)
     if input.dim() not in (2, 3):
@@ -273,6 +274,11 @@ def _fake(
     eps: float,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_batch_norm(input)
+
+
+def fake_batch_norm(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what forward gives for tensors without values: output, mean and rstd."""
     dtype = reference.accumulate_dtype(input.dtype)
     channels = input.shape[1]
     return (
@@ -293,6 +299,13 @@ def _fake_backward(
     negative_slope: float,
     output_mask: list[bool],
 ) -> list[Tensor]:
+    return fake_batch_norm_backward(input, weight, bias, output_mask)
+
+
+def fake_batch_norm_backward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: list[bool]
+) -> list[Tensor]:
+    """Return what backward gives for tensors without values."""
     channels = input.shape[1]
     weight_dtype = weight.dtype if weight is not None else input.dtype
     bias_dtype = bias.dtype if bias is not None else input.dtype

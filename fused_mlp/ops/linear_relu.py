@@ -82,10 +82,14 @@ def linear_relu(
 
 
 def check(
-    input: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    op: str = "linear_relu",
 ) -> None:
     """Raise for arguments that do not fit together, before anything runs."""
-    op = "linear_relu"
     check_tensor(op, "input", input)
     check_tensor(op, "weight", weight)
     check_floating(op, "input", input)

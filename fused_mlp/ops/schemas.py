@@ -29,6 +29,16 @@ KERNEL_SCHEMAS = {
         "(Tensor grad_output, Tensor input, Tensor weight, Tensor output, float dropout_p,"
         " bool[] output_mask) -> Tensor[]"
     ),
+    # `activation` is a number of activations.py; with `keep_input` what the activation saw follows
+    # the output. Backward takes as `kept` that, the output or nothing, as activations.kept says.
+    "linear_act": (
+        "(Tensor input, Tensor weight, Tensor? bias, int activation, float negative_slope,"
+        " float dropout_p, Tensor? seed, bool keep_input) -> Tensor[]"
+    ),
+    "linear_act_backward": (
+        "(Tensor grad_output, Tensor input, Tensor weight, Tensor? kept, int activation,"
+        " float negative_slope, float dropout_p, Tensor? seed, bool[] output_mask) -> Tensor[]"
+    ),
     "batch_norm_leaky_relu": (
         "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
         " Tensor(c!)? num_batches_tracked, Tensor? weight, Tensor? bias, bool training,"
@@ -38,6 +48,17 @@ KERNEL_SCHEMAS = {
     "batch_norm_leaky_relu_backward": (
         "(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
         " bool training, float negative_slope, bool[] output_mask) -> Tensor[]"
+    ),
+    "batch_norm_act": (
+        "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+        " Tensor(c!)? num_batches_tracked, Tensor? weight, Tensor? bias, bool training,"
+        " float momentum, float eps, int activation, float negative_slope, float dropout_p,"
+        " Tensor? seed) -> (Tensor output, Tensor mean, Tensor rstd)"
+    ),
+    "batch_norm_act_backward": (
+        "(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        " bool training, int activation, float negative_slope, float dropout_p, Tensor? seed,"
+        " bool[] output_mask) -> Tensor[]"
     ),
     "research_net": (
         "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
@@ -77,10 +98,21 @@ PUBLIC_SCHEMAS = {
         "(Tensor input, Tensor weight, Tensor? bias=None, float dropout_p=0.,"
         " Tensor? seed=None) -> Tensor"
     ),
+    "linear_act": (
+        "(Tensor input, Tensor weight, Tensor? bias=None, str activation='relu', *,"
+        " float negative_slope=0.01, str approximate='none', float dropout_p=0.,"
+        " Tensor? seed=None) -> Tensor"
+    ),
     "batch_norm_leaky_relu": (
         "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None,"
         " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05,"
         " float negative_slope=0.01, *, Tensor(c!)? num_batches_tracked=None) -> Tensor"
+    ),
+    "batch_norm_act": (
+        "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None,"
+        " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05,"
+        " str activation='none', *, float negative_slope=0.01, float dropout_p=0.,"
+        " Tensor? seed=None, Tensor(c!)? num_batches_tracked=None) -> Tensor"
     ),
     "research_net": (
         "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"

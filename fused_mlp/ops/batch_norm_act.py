@@ -1,0 +1,228 @@
+"""``batch_norm_act``: BatchNorm1d, ReLU or LeakyReLU or neither, and dropout in one op.
+
+As :mod:`batch_norm_leaky_relu`, which serves LeakyReLU, and no activation as one of slope 1, where
+there is no dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import activations, reference
+from ..dropout import draw_seed
+from ._common import (
+    check_number,
+    check_probability,
+    check_seed,
+    differentiate_formula,
+    grad_needed,
+    mark_written,
+    register_fake,
+    spread,
+    use_formula,
+)
+from .batch_norm_leaky_relu import (
+    batch_norm_leaky_relu,
+    check,
+    fake_batch_norm,
+    fake_batch_norm_backward,
+)
+from .schemas import public_library
+
+_forward = torch.ops.fused_mlp_kernels.batch_norm_act.default
+_backward = torch.ops.fused_mlp_kernels.batch_norm_act_backward.default
+
+
+class BatchNormActFunction(torch.autograd.Function):
+    """The autograd node of batch_norm_act."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: int,
+        negative_slope: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        output, mean, rstd = _forward(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+            eps, activation, negative_slope, dropout_p, seed,
+        )  # fmt: skip
+        ctx.save_for_backward(input, weight, bias, mean, rstd, seed)
+        ctx.training, ctx.eps = training, eps
+        ctx.options = activation, negative_slope, dropout_p
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        activation, negative_slope, dropout_p = ctx.options
+        mask = list(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():
+            gradients = differentiate_formula(
+                # In eval the formula needs the statistics back as mean and variance.
+                lambda x, w, b: reference.batch_norm_act_formula(
+                    x,
+                    mean,
+                    rstd.pow(-2) - ctx.eps,
+                    w,
+                    b,
+                    ctx.training,
+                    ctx.eps,
+                    activation,
+                    negative_slope,
+                    dropout_p,
+                    seed,
+                ),
+                (input, weight, bias),
+                mask,
+                grad_output,
+            )
+        else:
+            found = _backward(
+                grad_output, input, weight, bias, mean, rstd, ctx.training, activation,
+                negative_slope, dropout_p, seed, mask,
+            )  # fmt: skip
+            gradients = spread(found, mask)
+        return *gradients, *(None,) * 10
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    *,
+    negative_slope: float = 0.01,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Return dropout(activation(batch_norm(input))).
+
+    See :func:`fused_mlp.functional.batch_norm_act`.
+
+    Args:
+        dropout_p: applied whatever ``training`` says.
+        seed: as :func:`fused_mlp.ops.linear_act` takes it.
+        num_batches_tracked: int64 scalar tensor that a training call counts up by one.
+    """
+    op = "batch_norm_act"
+    number = activations.number(op, activation, known=activations.BATCH_NORM_NAMES)
+    check(input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked, op)
+    for name, value in (("momentum", momentum), ("negative_slope", negative_slope)):
+        if type(value) is not float:
+            check_number(op, name, value)
+    check_probability(op, "dropout_p", dropout_p)
+    check_seed(op, seed, input)
+    if dropout_p == 0:
+        seed = None
+        if number != activations.RELU:
+            return batch_norm_leaky_relu(
+                input, running_mean, running_var, weight, bias, training, momentum, eps,
+                1.0 if number == activations.NONE else negative_slope,
+                num_batches_tracked=num_batches_tracked,
+            )  # fmt: skip
+    elif seed is None:
+        seed = draw_seed(input.device)
+    return run(
+        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+        eps, number, negative_slope, dropout_p, seed,
+    )  # fmt: skip
+
+
+def run(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Return the output for arguments that were checked; ``seed`` is None without dropout."""
+    options = activation, negative_slope, dropout_p, seed
+    if use_formula(input, weight, bias):
+        if training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        output = F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        return reference.activate_and_drop(output, *options)
+    if grad_needed(input, weight, bias):
+        output = BatchNormActFunction.apply(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+            eps, *options,
+        )  # fmt: skip
+    else:
+        output = _forward(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+            eps, *options,
+        )[0]  # fmt: skip
+    if training:
+        mark_written(running_mean, running_var, num_batches_tracked)
+    return output
+
+
+def _fake(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_batch_norm(input)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    return fake_batch_norm_backward(input, weight, bias, output_mask)
+
+
+register_fake("batch_norm_act", _fake)
+register_fake("batch_norm_act_backward", _fake_backward)
+public_library.impl("batch_norm_act", batch_norm_act, "CompositeImplicitAutograd")

@@ -1,0 +1,160 @@
+"""``linear_act``: ``dropout(activation(input @ weight.T + bias))`` in one op.
+
+Backward takes the derivative from the output where the output tells it, and computes the dropout
+mask again from its seed. GELU and SiLU keep what they saw. ReLU, whose output tells the mask as
+well, runs as :mod:`linear_relu`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import activations, reference
+from ..dropout import draw_seed
+from ._common import (
+    check_number,
+    differentiate_formula,
+    grad_needed,
+    register_fake,
+    spread,
+    use_formula,
+)
+from .linear_relu import check, linear_relu
+from .schemas import public_library
+
+_forward = torch.ops.fused_mlp_kernels.linear_act.default
+_backward = torch.ops.fused_mlp_kernels.linear_act_backward.default
+
+
+class LinearActFunction(torch.autograd.Function):
+    """The autograd node of linear_act."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        negative_slope: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        needed = activations.kept(activation, negative_slope)
+        outputs = _forward(
+            input, weight, bias, activation, negative_slope, dropout_p, seed,
+            needed == activations.INPUT,
+        )  # fmt: skip
+        kept = None if needed == activations.NOTHING else outputs[-1]
+        ctx.save_for_backward(input, weight, bias, kept, seed)
+        ctx.options = activation, negative_slope, dropout_p
+        output: Tensor = outputs[0]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, kept, seed = ctx.saved_tensors
+        activation, negative_slope, dropout_p = ctx.options
+        mask = list(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():
+            gradients = differentiate_formula(
+                lambda x, w, b: reference.linear_act_formula(
+                    x, w, b, activation, negative_slope, dropout_p, seed
+                ),
+                (input, weight, bias),
+                mask,
+                grad_output,
+            )
+        else:
+            found = _backward(
+                grad_output, input, weight, kept, activation, negative_slope, dropout_p, seed, mask
+            )
+            gradients = spread(found, mask)
+        return *gradients, *(None,) * 4
+
+
+def linear_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    negative_slope: float = 0.01,
+    approximate: str = "none",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return dropout(activation(linear(input))); see :func:`fused_mlp.functional.linear_act`.
+
+    Args:
+        seed: int64 tensor of shape (2,) that decides the dropout mask; drawn from torch's
+            generator when it is None and ``dropout_p`` is not 0.
+    """
+    number = activations.number("linear_act", activation, approximate)
+    if type(negative_slope) is not float:
+        check_number("linear_act", "negative_slope", negative_slope)
+    check(input, weight, bias, dropout_p, seed, "linear_act")
+    if number == activations.RELU:
+        return linear_relu(input, weight, bias, dropout_p, seed)
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(input.device)
+    return run(input, weight, bias, number, negative_slope, dropout_p, seed)
+
+
+def run(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Return the output for arguments that were checked; ``seed`` is None without dropout."""
+    arguments = (input, weight, bias, activation, negative_slope, dropout_p, seed)
+    if use_formula(input, weight, bias):
+        return reference.linear_act_formula(*arguments)
+    if grad_needed(input, weight, bias):
+        output: Tensor = LinearActFunction.apply(*arguments)
+        return output
+    output = _forward(*arguments, False)[0]
+    return output
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    keep_input: bool,
+) -> list[Tensor]:
+    shape = *input.shape[:-1], weight.shape[0]
+    return [input.new_empty(shape) for _ in range(2 if keep_input else 1)]
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    kept: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    return [input.new_empty(s) for s, wanted in zip(shapes, output_mask, strict=True) if wanted]
+
+
+register_fake("linear_act", _fake)
+register_fake("linear_act_backward", _fake_backward)
+public_library.impl("linear_act", linear_act, "CompositeImplicitAutograd")
