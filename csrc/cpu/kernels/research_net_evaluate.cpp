@@ -4,7 +4,7 @@
 // other, and every layer is weight @ block. Weights are then the left operand of the products,
 // which is read where it lies: nothing is packed, so nothing needs to be kept from call to call,
 // and a call of few rows costs what its products cost. A handful of rows is not worth a panel:
-// there each weight is read once, in whole vectors.
+// there each weight is read once, in whole vectors. Both sum in the same order.
 
 #include "cpu/kernels/network.h"
 #include "cpu/kernels/transpose.h"
@@ -12,14 +12,9 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
-// Up to this many rows are dot products, in a network of kShort multiply-adds a row or less half as
-// many: its rows are too short for vectors to pay. A panel costs what 16 rows do at
-// (128,[256,256],10) on AVX-512 and 5 at (10,[64,32],5); on AVX2 8 and 2.
-#if defined(__AVX512F__)
-constexpr int64_t kFewRows = 8;
-#else
+// Up to this many rows need no panel, in a network of kShort multiply-adds a row or less half as
+// many. A panel costs what 6 rows do at (128,[256,256],10) on AVX-512.
 constexpr int64_t kFewRows = 4;
-#endif
 constexpr int64_t kShort = 8192;
 
 // The coefficients of the batch norm; mean and rstd go into `saved` if there is one.
@@ -41,24 +36,40 @@ Affine<T> fixed_affine(const ResearchNet& op, int64_t room, Arena& arena) {
 
 // --------------------------------------------------------------------------- a handful of rows
 
-// The dot products of one row with the weights of kLanes features; of the last one again where
-// there are fewer.
-template <class S>
-FUSED_MLP_INLINE Vec<Compute<S>> dot_products(const S* weight, int64_t in, int64_t features,
-                                              const Compute<S>* row) {
+// sums[row] += the products of each row with the weights of kLanes features, whose last one is
+// read again where there are fewer. Term after term, as a panel sums them: a row gives the same
+// bits alone and in a batch.
+template <class S, int kRows>
+FUSED_MLP_INLINE void add_products(const S* weight, int64_t in, int64_t features,
+                                   const Compute<S>* rows, int64_t stride, Vec<Compute<S>>* sums) {
   using T = Compute<S>;
-  Vec<T> sums[kLanes<T>] = {};
   const S* from[kLanes<T>];
   for (int j = 0; j < kLanes<T>; ++j) from[j] = weight + smaller(j, features - 1) * in;
+  Vec<T> sum[kRows];
+  for (int row = 0; row < kRows; ++row) sum[row] = sums[row];
   for_vectors<T>(in, [&](int64_t k, int width) {
-    const Vec<T> x = load_raw(row + k);
-    for (int j = 0; j < kLanes<T>; ++j) sums[j] += load_up_to(from[j] + k, width) * x;
+    Vec<T> square[kLanes<T>];
+    for (int j = 0; j < kLanes<T>; ++j) square[j] = load_up_to(from[j] + k, width);
+    transpose<T>(square);
+    const T* x[kRows];
+    for (int row = 0; row < kRows; ++row) x[row] = rows + row * stride + k;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (i == width) break;
+      for (int row = 0; row < kRows; ++row) sum[row] += square[i] * splat(x[row][i]);
+    }
   });
-  transpose<T>(sums);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+  for (int row = 0; row < kRows; ++row) sums[row] = sum[row];
+}
+
+template <class S, int kRows>
+void add_products_of(int64_t count, const S* weight, int64_t in, int64_t features,
+                     const Compute<S>* rows, int64_t stride, Vec<Compute<S>>* sums) {
+  if (count == kRows) {
+    add_products<S, kRows>(weight, in, features, rows, stride, sums);
+  } else if constexpr (kRows > 1) {
+    add_products_of<S, kRows - 1>(count, weight, in, features, rows, stride, sums);
   }
-  return sums[0];
 }
 
 template <class S>
@@ -75,9 +86,11 @@ void evaluate_few_rows(const ResearchNet& op, const Affine<Compute<S>>& affine, 
     const S* bias = static_cast<const S*>(op.biases[l]);
     for_vectors<T>(out, [&](int64_t f, int features) {
       const S* weight = static_cast<const S*>(op.weights[l]) + f * in;
-      const Vec<T> start = load_up_to(bias + f, features);
+      Vec<T> sums[kFewRows];
+      for (int64_t row = 0; row < op.rows; ++row) sums[row] = load_up_to(bias + f, features);
+      add_products_of<S, kFewRows>(op.rows, weight, in, features, before, stride, sums);
       for (int64_t row = 0; row < op.rows; ++row) {
-        Vec<T> z = dot_products(weight, in, features, before + row * stride) + start;
+        Vec<T> z = sums[row];
         if (l < op.layers - 2) {
           z = relu<T>(z);
         } else if (l == op.layers - 2) {
