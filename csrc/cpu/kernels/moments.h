@@ -22,8 +22,43 @@ struct Moments {
   }
 };
 
+// Whether a sum of squares lost nothing to the ends of float's range, 1e-38 and 3e38: deviations of
+// 1e30 overflow when they are squared, and those of 1e-30 vanish.
+template <class T>
+FUSED_MLP_INLINE bool in_range(T squares) {
+  return std::is_same_v<T, double> || (squares > T(1e-25) && squares < T(1e38));
+}
+
+// The moments of values that are not, in double.
+template <class S>
+Moments moments_in_double(const S* x, int64_t stride, int64_t n) {
+  const auto value = [&](int64_t i) { return static_cast<double>(widen(x[i * stride])); };
+  double sum = 0, square = 0, rest = 0;
+  for (int64_t i = 0; i < n; ++i) sum += value(i);
+  const double count = static_cast<double>(n), mean = sum / count;
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = value(i) - mean;
+    square += d * d;
+    rest += d;
+  }
+  return {count, mean + rest / count, square - rest * rest / count};
+}
+
 // Values of a span read at a time: 16 kB of floats, half of an L1 cache.
 constexpr int64_t kSpan = 4096;
+
+// Whether the values are all the same, as zeros often are: their deviations are 0 in any range.
+template <class S>
+bool all_equal(const S* x, int64_t n) {
+  using T = Compute<S>;
+  const T first = widen(x[0]);
+  Vec<T> differs = {};
+  for_vectors<T>(n, [&](int64_t c, int width) {
+    const Vec<T> value = width == kLanes<T> ? load(x + c) : load_some(x + c, width, first);
+    differs = select<T>(value == splat(first), differs, splat(T(1)));
+  });
+  return sum_lanes<T>(differs) == 0;
+}
 
 // Adds `count` values in a row.
 template <class S>
@@ -55,10 +90,54 @@ inline void add_span(const S* x, int64_t count, Moments& moments) {
     });
     // The mean was rounded; the deviations from it say by how much.
     const double slip = sum_lanes<T>((rest[0] + rest[1]) + (rest[2] + rest[3]));
-    const double m2 = sum_lanes<T>((square[0] + square[1]) + (square[2] + square[3]));
+    const T m2 = sum_lanes<T>((square[0] + square[1]) + (square[2] + square[3]));
+    if (!in_range(m2) && !all_equal(x, n)) {
+      const Moments exact = moments_in_double(x, 1, n);
+      moments.merge(exact.count, exact.mean, exact.m2);
+      continue;
+    }
     moments.merge(static_cast<double>(n), mean + slip / static_cast<double>(n),
-                  m2 - slip * slip / static_cast<double>(n));
+                  static_cast<double>(m2) - slip * slip / static_cast<double>(n));
   }
+}
+
+template <class T>
+FUSED_MLP_INLINE bool all_in_range(Vec<T> squares, int width) {
+  if constexpr (std::is_same_v<T, double>) return true;
+  if (width < kLanes<T>) {
+    bool all = true;
+    for (int lane = 0; lane < width; ++lane) all = all && in_range<T>(squares[lane]);
+    return all;
+  }
+  const Vec<T> out = select<T>(squares < splat(T(1e38)), Vec<T>{}, splat(T(1)));
+  return sum_lanes<T>(select<T>(squares > splat(T(1e-25)), out, splat(T(1)))) == 0;
+}
+
+// As add_block does it, where some column's squares are out of range and the column is not
+// constant; else does nothing and returns false.
+template <class S>
+[[gnu::noinline]] bool merge_in_double(const S* x, int64_t stride, int64_t rows,
+                                       Vec<Compute<S>> squares, int width, double weight,
+                                       double cross, double* mean, double* m2) {
+  using T = Compute<S>;
+  const Vec<T> first = load_up_to(x, width);
+  Vec<T> differs = {};
+  for (int64_t row = 1; row < rows; ++row) {
+    const Vec<T> value = load_up_to(x + row * stride, width);
+    differs = select<T>(value == first, differs, splat(T(1)));
+  }
+  bool constant = true;
+  for (int c = 0; c < width; ++c) {
+    constant = constant && (in_range<T>(squares[c]) || differs[c] == 0);
+  }
+  if (constant) return false;
+  for (int c = 0; c < width; ++c) {
+    const Moments exact = moments_in_double(x + c, stride, rows);
+    const double delta = exact.mean - mean[c];
+    mean[c] += delta * weight;
+    m2[c] += exact.m2 + delta * delta * cross;
+  }
+  return true;
 }
 
 // Merges the columns of a block of `rows` rows into means and m2s that stand for `count` rows.
@@ -90,6 +169,10 @@ inline void add_block(const S* x, int64_t stride, int64_t rows, int64_t columns,
     });
     const Vec<T> square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
     const Vec<T> rest = (rests[0] + rests[1]) + (rests[2] + rests[3]);
+    if (!all_in_range<T>(square, width) &&
+        merge_in_double(x + c, stride, rows, square, width, weight, cross, mean + c, m2 + c)) {
+      return;
+    }
     for (int lane = 0; lane < width; ++lane) {
       const double slip = static_cast<double>(rest[lane]) / static_cast<double>(rows);
       const double delta = static_cast<double>(centre[lane]) + slip - mean[c + lane];

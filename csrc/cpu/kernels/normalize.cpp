@@ -110,11 +110,18 @@ struct GradSums {
   double grad = 0, grad_x = 0;
 };
 
-// dx = rstd * grad - k2 - (x - mean) * k3
+// dx = (grad - k2 - (x - mean) * rstd * k3) * rstd: every factor stays in float's range for any
+// data.
 template <class T>
 struct Slopes {
   T mean, rstd, k2, k3;
 };
+
+template <class T>
+FUSED_MLP_INLINE Vec<T> input_grad(Vec<T> grad, Vec<T> x, Vec<T> mean, Vec<T> rstd, Vec<T> k2,
+                                   Vec<T> k3) {
+  return (grad - k2 - (x - mean) * rstd * k3) * rstd;
+}
 
 template <class T>
 Slopes<T> slopes(const Normalize& op, const GradSums& sums, int64_t group) {
@@ -123,9 +130,9 @@ Slopes<T> slopes(const Normalize& op, const GradSums& sums, int64_t group) {
   const double rstd = 1 / (std + op.eps);
   const double freedom = static_cast<double>(op.count) - op.correction;
   // std does not change where it is 0, says torch's backward of std.
-  const double k3 = std == 0 ? 0 : sums.grad_x * rstd * rstd / ((freedom > 0 ? freedom : 0) * std);
+  const double k3 = std == 0 ? 0 : sums.grad_x / ((freedom > 0 ? freedom : 0) * std);
   return {static_cast<T>(mean), static_cast<T>(rstd),
-          static_cast<T>(rstd * sums.grad / static_cast<double>(op.count)), static_cast<T>(k3)};
+          static_cast<T>(sums.grad / static_cast<double>(op.count)), static_cast<T>(k3)};
 }
 
 template <class S>
@@ -149,9 +156,13 @@ GradSums span_sums(const S* x, const S* grad, int64_t count, Compute<S> mean) {
 
 template <class S>
 void backward_span(const S* x, const S* grad, int64_t count, const Slopes<Compute<S>>& k, S* dx) {
-  for_vectors<Compute<S>>(count, [&](int64_t c, int width) {
-    const auto centred = load_up_to(x + c, width) - k.mean;
-    store_up_to(dx + c, load_up_to(grad + c, width) * k.rstd - k.k2 - centred * k.k3, width);
+  using T = Compute<S>;
+  const Vec<T> mean = splat(k.mean), rstd = splat(k.rstd), k2 = splat(k.k2), k3 = splat(k.k3);
+  for_vectors<T>(count, [&](int64_t c, int width) {
+    store_up_to(
+        dx + c,
+        input_grad<T>(load_up_to(grad + c, width), load_up_to(x + c, width), mean, rstd, k2, k3),
+        width);
   });
 }
 
@@ -238,10 +249,11 @@ void backward_columns(const NormalizeBackward& op, int64_t o) {
     for (int64_t row = first; row < first + rows; ++row) {
       for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
         const int64_t i = row * shape.columns + c;
-        const Vec<T> centred = load_up_to(x + i, width) - load_raw(mean + c);
-        const Vec<T> result = load_up_to(grad + i, width) * load_raw(rstd + c) - load_raw(k2 + c) -
-                              centred * load_raw(k3 + c);
-        store_up_to(dx + i, result, width);
+        store_up_to(
+            dx + i,
+            input_grad<T>(load_up_to(grad + i, width), load_up_to(x + i, width), load_raw(mean + c),
+                          load_raw(rstd + c), load_raw(k2 + c), load_raw(k3 + c)),
+            width);
       });
     }
   });
