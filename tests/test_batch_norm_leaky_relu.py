@@ -296,10 +296,10 @@ BAD = [
     (lambda x, m, v: f(x[:1], m, v, training=True), ValueError, "more than 1 value per channel"),
     (lambda x, m, v: f(x[:1, :, None], m, v, training=True), ValueError, "more than 1 value"),
     (lambda x, m, v: f(x, None, None), RuntimeError, "running_mean must be defined"),
-    (lambda x, m, v: f(x, m, None), RuntimeError, "running_var must be defined"),
+    (lambda x, m, v: f(x, m, None), ValueError, "both running_mean and running_var"),
     (
         lambda x, m, v: f(x, m, None, training=True),
-        RuntimeError,
+        ValueError,
         "both running_mean and running_var",
     ),
     (

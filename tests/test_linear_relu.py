@@ -114,6 +114,13 @@ def test_nan_gradient_stops_at_the_relu(device: torch.device) -> None:
         assert result.isfinite().all()
 
 
+def test_unit_at_its_kink(device: torch.device) -> None:
+    """One unit of these 20800 is 0 up to rounding: no side of its kink is the wrong one."""
+    if INTERPRETED:
+        pytest.skip("takes minutes in Triton's interpreter")
+    check_case(linear_case((13, 16, 100), 100, dtype=torch.float16, device=device))
+
+
 def test_huge_values_in_half_precision(device: torch.device) -> None:
     """Sums beyond float16 overflow at the end, as torch's, not on the way."""
     x = torch.full((3, 64), 200.0, dtype=torch.float16, device=device)

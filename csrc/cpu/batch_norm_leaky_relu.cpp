@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(
   const Tensor output = new_empty_cpu(sizes_of(input), input.scalar_type());
   const Tensor mean = new_empty_cpu({op.channels}, accumulate_type(input));
   const Tensor rstd = new_empty_cpu({op.channels}, accumulate_type(input));
-  op.input = source.const_data_ptr();
+  op.input = elements_of(source);
   op.output = output.mutable_data_ptr();
   op.mean = mean.mutable_data_ptr();
   op.rstd = rstd.mutable_data_ptr();
@@ -68,10 +68,10 @@ std::vector<Tensor> batch_norm_leaky_relu_backward(const Tensor& grad_output, co
                   "batch_norm_leaky_relu_backward: grad_output, mean or rstd do not fit input");
   const Tensor source = as_contiguous(input), grad = as_contiguous(grad_output);
   const Tensor centre = as_contiguous(mean), reciprocal = as_contiguous(rstd);
-  norm.input = source.const_data_ptr();
-  norm.mean = const_cast<void*>(centre.const_data_ptr());
-  norm.rstd = const_cast<void*>(reciprocal.const_data_ptr());
-  op.grad_output = grad.const_data_ptr();
+  norm.input = elements_of(source);
+  norm.mean = const_cast<void*>(elements_of(centre));
+  norm.rstd = const_cast<void*>(elements_of(reciprocal));
+  op.grad_output = elements_of(grad);
   std::vector<Tensor> gradients;
   if (output_mask[0]) {
     gradients.push_back(new_empty_cpu(sizes_of(input), input.scalar_type()));

@@ -58,6 +58,7 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, const std::optiona
   std::vector<int64_t> sizes = sizes_of(input);
   sizes.back() = op.out_features;
   if (!runs_own(op)) {
+    elements_of(input), elements_of(weight), data_of(bias);
     const Tensor output = linear(input, weight, bias);
     kernels().relu_dropout(
         {op.dtype, op.rows, op.out_features, output.mutable_data_ptr(), op.dropout});
@@ -68,9 +69,9 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, const std::optiona
   std::optional<Tensor> bias_rows;
   if (bias) bias_rows = as_contiguous(*bias);
   const Tensor output = new_empty_cpu(sizes, input.scalar_type());
-  op.input = rows.tensor.const_data_ptr();
+  op.input = elements_of(rows.tensor);
   op.input_stride = rows.stride;
-  op.weight = matrix.tensor.const_data_ptr();
+  op.weight = elements_of(matrix.tensor);
   op.weight_stride = matrix.stride;
   op.bias = data_of(bias_rows);
   op.output = output.mutable_data_ptr();
@@ -103,11 +104,12 @@ std::vector<Tensor> linear_relu_backward(const Tensor& grad_output, const Tensor
     return gradients.back().mutable_data_ptr();
   };
   if (!runs_own(net)) {
+    elements_of(input), elements_of(weight);
     const Tensor gated = new_empty_cpu({net.rows, net.out_features}, input.scalar_type());
     Tensor grad_bias;
     if (output_mask[2]) grad_bias = new_empty_cpu({net.out_features}, input.scalar_type());
-    kernels().relu_dropout_backward({net.dtype, net.rows, net.out_features, result.const_data_ptr(),
-                                     grad.const_data_ptr(), net.dropout.scale(),
+    kernels().relu_dropout_backward({net.dtype, net.rows, net.out_features, elements_of(result),
+                                     elements_of(grad), net.dropout.scale(),
                                      gated.mutable_data_ptr(),
                                      output_mask[2] ? grad_bias.mutable_data_ptr() : nullptr});
     if (output_mask[0]) {
@@ -123,12 +125,12 @@ std::vector<Tensor> linear_relu_backward(const Tensor& grad_output, const Tensor
   }
   const Matrix rows = rows_of(input, net.in_features);
   const Matrix matrix = rows_of(weight, net.in_features);
-  net.input = rows.tensor.const_data_ptr();
+  net.input = elements_of(rows.tensor);
   net.input_stride = rows.stride;
-  net.weight = matrix.tensor.const_data_ptr();
+  net.weight = elements_of(matrix.tensor);
   net.weight_stride = matrix.stride;
-  net.output = const_cast<void*>(result.const_data_ptr());
-  op.grad_output = grad.const_data_ptr();
+  net.output = const_cast<void*>(elements_of(result));
+  op.grad_output = elements_of(grad);
   op.grad_input = wanted(0, sizes_of(input));
   op.grad_weight = wanted(1, {net.out_features, net.in_features});
   op.grad_bias = wanted(2, {net.out_features});

@@ -24,7 +24,7 @@ Call describe(const Network& network, const Tensor& input) {
   net.widths[0] = input.size(1);
   const bool rows_contiguous =
       (input.size(1) <= 1 || input.stride(1) == 1) && input.stride(0) >= input.size(1);
-  net.input = rows_contiguous ? input.const_data_ptr() : call.contiguous_data(input);
+  net.input = rows_contiguous ? elements_of(input) : call.contiguous_data(input);
   net.input_stride = rows_contiguous ? input.stride(0) : input.size(1);
   for (size_t l = 0; l < layers; ++l) {
     const Tensor &weight = weights[l], &bias = biases[l];
@@ -58,8 +58,8 @@ bool Network::drops() const {
 }
 
 const void* Call::contiguous_data(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return tensor.const_data_ptr();
-  copies.push_back(torch::stable::contiguous(tensor));
+  if (tensor.is_contiguous()) return elements_of(tensor);
+  copies.push_back(as_contiguous(tensor));
   return copies.back().const_data_ptr();
 }
 
@@ -110,7 +110,7 @@ std::vector<Tensor> backward(const Network& network, Call& call, const Tensor& g
                   "fused_mlp: research_net_backward: grad_output or saved do not fit input");
   op.grad_output = call.contiguous_data(grad_output);
   op.forward = net;
-  op.forward.saved = const_cast<void*>(saved.const_data_ptr());
+  op.forward.saved = const_cast<void*>(elements_of(saved));
   std::vector<Tensor> gradients;
   gradients.reserve(output_mask.size());
   const auto wanted = [&](size_t i, IntHeaderOnlyArrayRef sizes, ScalarType dtype) -> void* {

@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, Dims dim, doub
   const Tensor output = new_empty_cpu(sizes_of(source), input.scalar_type());
   const Tensor mean = new_empty_cpu(view.statistics, accumulate_type(input));
   const Tensor std = new_empty_cpu(view.statistics, accumulate_type(input));
-  op.input = source.const_data_ptr();
+  op.input = elements_of(source);
   op.output = output.mutable_data_ptr();
   op.mean = mean.mutable_data_ptr();
   op.std = std.mutable_data_ptr();
@@ -101,10 +101,10 @@ Tensor normalize_backward(const Tensor& grad_output, const Tensor& input, const 
   const Tensor source = arranged(input, view), grad = arranged(grad_output, view);
   const Tensor centre = as_contiguous(mean), deviation = as_contiguous(std);
   const Tensor result = new_empty_cpu(sizes_of(source), input.scalar_type());
-  op.forward.input = source.const_data_ptr();
-  op.forward.mean = const_cast<void*>(centre.const_data_ptr());
-  op.forward.std = const_cast<void*>(deviation.const_data_ptr());
-  op.grad_output = grad.const_data_ptr();
+  op.forward.input = elements_of(source);
+  op.forward.mean = const_cast<void*>(elements_of(centre));
+  op.forward.std = const_cast<void*>(elements_of(deviation));
+  op.grad_output = elements_of(grad);
   op.grad_input = result.mutable_data_ptr();
   kernels().normalize_backward(op);
   return view.order.empty() ? result : as_contiguous(permute(result, view.inverse));

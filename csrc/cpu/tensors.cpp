@@ -43,8 +43,18 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
+const void* elements_of(const Tensor& tensor) {
+  const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr || tensor.numel() == 0,
+                  "a tensor has no memory: its storage was resized to 0 bytes; resize it back, or "
+                  "give another tensor");
+  return data;
+}
+
 Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (tensor.is_contiguous()) return tensor;
+  elements_of(tensor);
+  return torch::stable::contiguous(tensor);
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -72,14 +82,14 @@ void random_(const Tensor& tensor) {
 }
 
 const void* data_of(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
+  return tensor ? elements_of(*tensor) : nullptr;
 }
 
 ChannelVector channels_of(const std::optional<Tensor>& tensor, int64_t channels, const char* name) {
   if (!tensor) return {};
   STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == channels,
                   "fused_mlp: ", name, " must be a CPU vector of ", channels, " elements");
-  return {const_cast<void*>(tensor->const_data_ptr()), dtype_of(*tensor), tensor->stride(0)};
+  return {const_cast<void*>(elements_of(*tensor)), dtype_of(*tensor), tensor->stride(0)};
 }
 
 const int64_t* seed_of(const std::optional<Tensor>& seed) {
@@ -87,7 +97,7 @@ const int64_t* seed_of(const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 2 &&
                       seed->is_contiguous(),
                   "fused_mlp: seed must be a contiguous int64 CPU tensor of 2 elements");
-  return seed->const_data_ptr<int64_t>();
+  return static_cast<const int64_t*>(elements_of(*seed));
 }
 
 Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream) {
@@ -102,6 +112,7 @@ int64_t* counter_of(const std::optional<Tensor>& num_batches_tracked) {
                       num_batches_tracked->scalar_type() == ScalarType::Long &&
                       num_batches_tracked->numel() == 1,
                   "fused_mlp: num_batches_tracked must be one int64 number on the CPU");
+  elements_of(*num_batches_tracked);
   return num_batches_tracked->mutable_data_ptr<int64_t>();
 }
 

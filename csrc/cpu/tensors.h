@@ -32,6 +32,10 @@ Tensor new_empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 // The sizes of a tensor, as a copy.
 std::vector<int64_t> sizes_of(const Tensor& tensor);
 
+// The elements of a tensor that kernels read. Raises where its storage was emptied
+// (untyped_storage().resize_(0)), which ends the process in torch's own ops.
+const void* elements_of(const Tensor& tensor);
+
 // The tensor itself, or a contiguous copy.
 Tensor as_contiguous(const Tensor& tensor);
 

@@ -21,7 +21,8 @@ class Slot {
   }
   bool holds() const {
     return tensor_.numel() == numel_ && tensor_.scalar_type() == dtype_ &&
-           tensor_.is_contiguous() && tensor_.is_cpu();
+           tensor_.is_contiguous() && tensor_.is_cpu() &&
+           (tensor_.const_data_ptr() != nullptr || numel_ == 0);
   }
   void* data() const { return tensor_.mutable_data_ptr(); }
   int64_t numel() const { return numel_; }
@@ -123,7 +124,7 @@ std::optional<double> Plan::divisor(const Tensor& target, int64_t rows) const {
   if (target.scalar_type() != ScalarType::Long || target.dim() != 1 || target.size(0) != rows) {
     return std::nullopt;
   }
-  const int64_t* classes = target.const_data_ptr<int64_t>();
+  const auto* classes = static_cast<const int64_t*>(elements_of(target));
   const int64_t stride = target.stride(0), columns = out();
   int64_t wrong = 0, counted = 0;
   for (int64_t row = 0; row < rows; ++row) {
@@ -205,7 +206,7 @@ void Plan::judge(const Tensor& target, double divisor, void* result) const {
                              result});
   } else {
     kernels().squared_error({forward.dtype, forward.rows, out(), forward.output,
-                             target.const_data_ptr(), divisor, grad, result});
+                             elements_of(target), divisor, grad, result});
   }
 }
 
@@ -373,7 +374,7 @@ std::optional<Tensor> research_net_train_step(const Tensor& handle, const Tensor
   const Tensor dense_target = plan.cross_entropy ? target : as_contiguous(target);
   const Tensor loss = new_empty_cpu({}, plan.dtype());
   plan.place(rows);
-  net.input = readable.const_data_ptr();
+  net.input = elements_of(readable);
   net.input_stride = readable.stride(0);
   net.momentum = momentum;
   if (plan.seed) random_(plan.seed->tensor());  // as draw_seed in fused_mlp/dropout.py

@@ -230,13 +230,20 @@ def check_norm(
     training: bool,
     eps: float,
     num_batches_tracked: Tensor | None,
+    prefix: str = "",
 ) -> None:
-    """Raise unless the per-channel tensors and options fit an input of ``channels`` channels."""
+    """Raise unless the per-channel tensors and options fit an input of ``channels`` channels.
+
+    Args:
+        prefix: what stands before weight and bias in the names of ``op``'s arguments.
+    """
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{op}(): give both running_mean and running_var, or neither")
     vectors = {
         "running_mean": running_mean,
         "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
+        f"{prefix}weight": weight,
+        f"{prefix}bias": bias,
     }
     for name, vector in vectors.items():
         if vector is not None:
@@ -245,8 +252,6 @@ def check_norm(
             raise RuntimeError(
                 f"{op}(): {name} must be defined in evaluation mode; give it, or use training=True"
             )
-    if (running_mean is None) != (running_var is None):
-        raise RuntimeError(f"{op}(): give both running_mean and running_var, or neither")
     if type(eps) is not float:
         check_number(op, "eps", eps)
     if not eps >= 0:

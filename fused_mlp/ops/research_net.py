@@ -283,7 +283,7 @@ def check(
     channels = weights[-2].shape[0]
     check_norm(
         op, input, channels, running_mean, running_var, bn_weight, bn_bias, training, eps,
-        num_batches_tracked,
+        num_batches_tracked, "bn_",
     )  # fmt: skip
     if training and input.shape[0] == 1:
         raise ValueError(

@@ -62,6 +62,8 @@ def assert_as_accurate(
     # few values, or of a chain of steps, the rounding itself may be lucky.
     unit = torch.finfo(fused.dtype).eps
     least = (roundings * unit / 2,) * 2
+    if scale is not None and fused.dtype == torch.float64:
+        floor *= 50  # what is zero by nature is rounding alone, in the oracle as well
     if scale is None:
         scale = exact
         if exact.numel() >= 8 and roundings == 1:
@@ -109,11 +111,8 @@ def check_case(
         if grad_output is None:
             generator = torch.Generator().manual_seed(output.numel())
             grad_output = torch.randn(output.shape, generator=generator).to(output)
-            if case.kink_distance is not None and output.element_size() == 2:
-                # Rounded to 8 bits, a value at a kink falls to either side by luck, and no
-                # gradient there is more right than another.
-                sure = case.kink_distance(*(t.double() for t in inputs)) > 2**-6
-                grad_output = grad_output * sure.to(output)[:, None]
+            if case.sure is not None:
+                grad_output = grad_output * case.sure(*(t.double() for t in inputs)).to(output)
         grad = grad_output.double() if name == "exact" else grad_output
         results[name] = (output.detach(), *torch.autograd.grad(output, leaves, grad))
     names = ("output", *(f"gradient of {name}" for name in case.tensors))
