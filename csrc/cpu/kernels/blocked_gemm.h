@@ -38,7 +38,11 @@ struct Parts {
 };
 
 // The blocks of rows of a product: they depend on the rows alone, so that statistics of blocks do.
-FUSED_MLP_INLINE Parts gemm_row_parts(int64_t rows) { return Parts(rows, kGemmRows, 1); }
+// An even number of them, which two threads share evenly.
+FUSED_MLP_INLINE Parts gemm_row_parts(int64_t rows) {
+  const int64_t count = ceil_div(rows, kGemmRows);
+  return Parts(rows, count > 1 ? ceil_div(rows, round_up(count, 2)) : kGemmRows, 1);
+}
 
 // A `load` of blocks of a matrix in memory, converted to the compute type.
 template <class S>

@@ -1,6 +1,5 @@
 #include "cpu/kernels/gemm.h"
 
-#include "cpu/kernels/rows.h"
 #include "cpu/kernels/transpose.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
@@ -35,10 +34,12 @@ void pack_transposed(const S* weight, int64_t stride, int64_t rows, int64_t colu
         scale && width > 0 ? load_up_to(scale + first, static_cast<int>(width)) : splat(T(1));
     for_vectors<T>(rows, [&](int64_t k, int depth) {
       Vec<T> square[kWidth];
-      for (int j = 0; j < kWidth; ++j) {
-        square[j] = j < width ? load_up_to(weight + (first + j) * stride + k, depth) : Vec<T>{};
+      const S* from = weight + first * stride + k;
+      if (width == kWidth && depth == kWidth) {
+        load_transposed(from, stride, square);
+      } else {
+        load_transposed(from, stride, width, depth, square);
       }
-      transpose<T>(square);
       for (int i = 0; i < depth; ++i) store_raw(panel + (k + i) * kPanel<T>, square[i] * factor);
     });
   }

@@ -135,7 +135,7 @@ int64_t research_net_saved_numel(const ResearchNet& op) {
   return numel;
 }
 void research_net(const ResearchNet& op) {
-  if (Shape<float>(op).wide) return research_net_wide(op);
+  if (op.training && Shape<float>(op).wide) return research_net_wide_train(op);
   dispatch(op.dtype, [&](auto element) { forward<decltype(element)>(op); });
 }
 

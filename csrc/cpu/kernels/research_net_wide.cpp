@@ -1,5 +1,6 @@
-// The network layer by layer, where its widths exceed the cache: each layer is one blocked product
-// with its ReLU, dropout, batch norm and statistics done on the blocks of the result.
+// The network in training layer by layer, where its widths exceed the cache: each layer is one
+// blocked product with its ReLU, dropout, batch norm and statistics done on the blocks of the
+// result.
 
 #include "cpu/kernels/wide.h"
 
@@ -17,27 +18,6 @@ void write_output(Wide<S>& wide) {
                         copy_out(block, stride, rows, columns,
                                  static_cast<S*>(op.output) + row * out + column, out);
                       });
-}
-
-template <class S>
-void evaluate(const ResearchNet& op) {
-  using T = Compute<S>;
-  Wide<S> wide(op);
-  const Shape<T>& shape = wide.shape;
-  Arena arena(Scratch::kCall, wide.bytes() + Arena::bytes<T>(2 * shape.channels));
-  wide.take(arena);
-  // Two buffers in turn: a layer reads the one that the layer before wrote.
-  Temporary<T> first(op.rows * wide.widest()), second(op.rows * wide.widest());
-  for (int l = 0; l < shape.hidden; ++l) wide.hidden[l] = l % 2 ? second.data() : first.data();
-  wide.z = shape.hidden % 2 ? second.data() : first.data();
-  T* mean = op.saved ? shape.mean() : arena.take<T>(2 * shape.channels);
-  running_statistics<T>(op, shape.channels, mean, mean + shape.channels);
-  wide.set_affine(mean, mean + shape.channels);
-  wide.run_hidden([&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
-                      int64_t stride) {
-    copy_out(block, stride, rows, columns, wide.z + row * shape.channels + column, shape.channels);
-  });
-  write_output(wide);
 }
 
 template <class S>
@@ -75,19 +55,10 @@ void train(const ResearchNet& op) {
   write_output(wide);
 }
 
-template <class S>
-void forward(const ResearchNet& op) {
-  if (op.training) {
-    train<S>(op);
-  } else {
-    evaluate<S>(op);
-  }
-}
-
 }  // namespace
 
-void research_net_wide(const ResearchNet& op) {
-  dispatch_single_or_double(op.dtype, [&](auto element) { forward<decltype(element)>(op); });
+void research_net_wide_train(const ResearchNet& op) {
+  dispatch_single_or_double(op.dtype, [&](auto element) { train<decltype(element)>(op); });
 }
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

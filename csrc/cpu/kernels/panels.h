@@ -1,0 +1,129 @@
+// Rows of activations as transposed panels: [features][kPanel], a lane a row.
+//
+// A layer is then weight @ panel, and the weight is the left operand of the register tile, which is
+// read where it lies: nothing is packed. An element's sum begins with its bias and runs over its
+// terms in order whatever the blocks, so a row's bits depend on nothing but the row.
+#pragma once
+
+#include "cpu/kernels/batch_norm.h"
+#include "cpu/kernels/blocked_gemm.h"
+#include "cpu/kernels/dropout.h"
+#include "cpu/kernels/transpose.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+// rows[count, columns] into a panel; lanes behind `count` are zeros up to a whole vector.
+template <class S>
+void read_transposed(const S* rows, int64_t stride, int64_t count, int64_t columns,
+                     Compute<S>* panel) {
+  using T = Compute<S>;
+  for (int64_t row = 0; row < count; row += kLanes<T>) {
+    const int64_t height = smaller(kLanes<T>, count - row);
+    for_vectors<T>(columns, [&](int64_t c, int width) {
+      Vec<T> square[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) {
+        square[i] = i < height ? load_up_to(rows + (row + i) * stride + c, width) : Vec<T>{};
+      }
+      transpose<T>(square);
+      for (int i = 0; i < width; ++i) store_raw(panel + (c + i) * kPanel<T> + row, square[i]);
+    });
+  }
+}
+
+// The first `count` lanes of a panel into rows[count, columns].
+template <class S>
+void write_transposed(const Compute<S>* panel, int64_t count, int64_t columns, S* rows) {
+  using T = Compute<S>;
+  for (int64_t row = 0; row < count; row += kLanes<T>) {
+    const int64_t height = smaller(kLanes<T>, count - row);
+    for_vectors<T>(columns, [&](int64_t c, int width) {
+      Vec<T> square[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) {
+        square[i] = i < width ? load_raw(panel + (c + i) * kPanel<T> + row) : Vec<T>{};
+      }
+      transpose<T>(square);
+      for (int i = 0; i < height; ++i) {
+        store_up_to(rows + (row + i) * columns + c, square[i], width);
+      }
+    });
+  }
+}
+
+// Dropout of `features` features from first_feature (a multiple of 8) on.
+template <class T>
+void drop_transposed(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t first_feature,
+                     int64_t features, uint8_t* mask, T* panel) {
+  const T scale = static_cast<T>(dropout.scale());
+  draw_mask(dropout, first_row, rows, first_feature, features, mask);
+  for (int64_t f = 0; f < features; ++f) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const bool keep = mask[row * mask_bytes(features) + f / 8] >> (f % 8) & 1;
+      panel[f * kPanel<T> + row] *= keep ? scale : T(0);
+    }
+  }
+}
+
+// LeakyReLU of the normalized features from `first` on.
+template <class T>
+FUSED_MLP_INLINE void normalize_transposed(const Affine<T>& affine, int64_t first, int64_t features,
+                                           T slope, T* panel) {
+  for (int64_t c = first; c < first + features; ++c, panel += kPanel<T>) {
+    const Vec<T> mean = splat(affine.mean[c]), scale = splat(affine.scale[c]),
+                 shift = splat(affine.shift[c]);
+    for (int v = 0; v < kTileVectors; ++v) {
+      T* at = panel + v * kLanes<T>;
+      store_raw(at, leaky_relu<T>((load_raw(at) - mean) * scale + shift, splat(slope)));
+    }
+  }
+}
+
+// Elements of the room that multiply_panels works in.
+template <class T>
+constexpr int64_t kPanelRoom = kGemmRows * kGemmStride<T>;
+
+// after = weight[features, in] @ before + bias, then max(., 0) if `rectify`, of `rows` rows: panels
+// of `in` features before, `stride` elements apart after.
+//
+// Beyond the cache the weight is cut into blocks that are copied together (and converted), since
+// rows a power of two apart would fall into the same cache sets; every panel of a few is multiplied
+// by a block before the next.
+template <class S>
+void multiply_panels(const S* weight, const Compute<S>* bias, int64_t in, int64_t features,
+                     int64_t rows, const Compute<S>* before, Compute<S>* after, int64_t stride,
+                     bool rectify, Compute<S>* room) {
+  using T = Compute<S>;
+  const auto each_panel = [&](const auto& body) {
+    for (int64_t row = 0, panel = 0; row < rows; row += kPanel<T>, ++panel) {
+      body(panel, smaller(kPanel<T>, rows - row));
+    }
+  };
+  if constexpr (std::is_same_v<S, T>) {
+    if (in <= kCacheWidth) {
+      each_panel([&](int64_t panel, int64_t count) {
+        multiply<T>(features, count, in, {weight, in, 1},
+                    packed(before + panel * in * kPanel<T>, in), after + panel * stride, kPanel<T>,
+                    Start::kRowBias, bias, rectify);
+      });
+      return;
+    }
+  }
+  const Parts feature_parts(features, kGemmRows, kTileRows);
+  const Parts depth_parts(in, kGemmWidth<T>, kLanes<T>);
+  for (int64_t i = 0; i < feature_parts.count; ++i) {
+    const int64_t first = feature_parts.begin(i), height = feature_parts.length(i);
+    for (int64_t part = 0; part < larger(1, depth_parts.count); ++part) {
+      const int64_t k = depth_parts.begin(part);
+      const int64_t depth = in > 0 ? depth_parts.length(part) : 0;
+      copy_in(weight + first * in + k, in, height, depth, room, kGemmStride<T>);
+      each_panel([&](int64_t panel, int64_t count) {
+        multiply<T>(height, count, depth, {room, kGemmStride<T>, 1},
+                    packed(before + (panel * in + k) * kPanel<T>, depth),
+                    after + panel * stride + first * kPanel<T>, kPanel<T>,
+                    part > 0 ? Start::kAccumulate : Start::kRowBias, bias + first,
+                    rectify && part + 1 >= depth_parts.count);
+      });
+    }
+  }
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA
