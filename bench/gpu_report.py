@@ -53,11 +53,17 @@ def cases() -> list[Case]:
             shape = "x".join(map(str, sizes))
             run = _linear_relu(*sizes, dtype)
             found.append(Case("linear_relu", shape, dtype, precision, run, products))
-        for widths in ((10, 64, 32, 5), (128, 128, 128, 10), (1024, 128, 64, 1024)):
-            shape = f"{widths[0]}, {list(widths[1:-1])}, {widths[-1]}"
-            run = _research_net(widths, dtype)
-            found.append(Case("research_net", shape, dtype, precision, run, products))
+        found += [
+            network(widths, dtype, precision, products)
+            for widths in ((10, 64, 32, 5), (128, 128, 128, 10), (1024, 128, 64, 1024))
+        ]
     return found
+
+
+def network(widths: tuple[int, ...], dtype: torch.dtype, precision: str, matrix: bool) -> Case:
+    """Return the network of these widths, forward and backward."""
+    shape = f"{widths[0]}, {list(widths[1:-1])}, {widths[-1]}"
+    return Case("research_net", shape, dtype, precision, _research_net(widths, dtype), matrix)
 
 
 def report(

@@ -22,7 +22,7 @@ from .launch import (
     triton_accumulator,
 )
 from .matmul import multiply
-from .merge import merge
+from .merge import merge, section_sizes
 from .philox import drop_threshold, dropout, keep_scale
 from .tiles import neighbours
 
@@ -250,7 +250,9 @@ def _grad_weight(dy, y, x, weight, scale, want_w, want_b):
     # Parts hold whole steps, so that the sums do not depend on the step a tile takes.
     rows_per_part = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
     parts = triton.cdiv(rows, rows_per_part)
-    sizes = [out_features * in_features if want_w else 0, out_features if want_b else 0]
+    # As vectors: the kernel writes the weight's rows one after the other.
+    shapes = [(1, out_features * in_features if want_w else 0), (1, out_features if want_b else 0)]
+    sizes = section_sizes(shapes)
     dw_part, db_part, part = dw, db, None
     if parts > 1:
         part = dy.new_empty(parts, sum(sizes), dtype=accumulator(weight.dtype))
@@ -267,5 +269,5 @@ def _grad_weight(dy, y, x, weight, scale, want_w, want_b):
             arguments, _constants(weight), tiles, NAMES,
         )  # fmt: skip
     if part is not None:
-        merge(part, [dw, db], sizes)
+        merge(part, [dw, db], shapes)
     return [t for t in (dw, db) if t is not None]

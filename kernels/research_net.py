@@ -21,7 +21,7 @@ from .launch import (
     register_limit,
     triton_accumulator,
 )
-from .merge import merge
+from .merge import merge, section_sizes
 from .philox import drop_threshold, keep_scale
 from .research_net_grad import research_net_grad_kernel
 from .research_net_kernels import research_net_kernel, research_net_statistics_kernel
@@ -68,7 +68,7 @@ class Shape:
 
 
 def _pad(width, most):
-    return max(16, min(triton.next_power_of_2(width), most))
+    return max(min(16, most), min(triton.next_power_of_2(width), most))
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,18 +78,20 @@ def shape(rows, widths, dtype, precision, backend, capability, backward):
     block_f, block_h = _pad(widths[1], MAX_HIDDEN), _pad(widths[-2], MAX_HIDDEN)
     widest = max(block_f, block_h)
     units = has_matrix_units(dtype, precision, backend, capability) and dtype != torch.float64
-    # With few registers for each number (no matrix units; 64 lanes a warp) tiles are smaller.
+    # With few registers for each number (no matrix units; 64 lanes a warp) slices are thinner.
     scarce = not units or backend == "hip"
-    chunk = 64 if dtype.itemsize == 2 else 32 if units else 16
+    if units:
+        chunk = 32 if backward or dtype.itemsize == 4 else 64
+    else:
+        chunk = 64 // dtype.itemsize
     depth = 16 if scarce else chunk
     # On AMD a thread of 8 warps may have half the registers of one of 4, and needs more than half.
     warps = 4 if widest <= 64 or backend == "hip" else 8
-    if backward:
-        block_m = 16 if widest > 64 or not units else 32
-    elif widest > 64:
-        block_m = 32 if dtype.itemsize == 2 and not scarce else 16
+    # Taller blocks load the weights less often.
+    if dtype == torch.float64 or (widest > 64 and backend == "hip"):
+        block_m = 16
     else:
-        block_m = 64 if units else 32
+        block_m = 64 if units and widest <= 64 and not backward else 32
     block_in, block_out = _pad(widths[0], chunk), _pad(widths[-1], chunk)
     weights = (block_f * block_in + (block_f * block_h if two else 0)) + block_h * block_out
     # Registers of a thread that hold weights, were they resident.
@@ -209,17 +211,17 @@ def research_net_backward(
         return [t.zero_() for t in everything]
     net = _Network(input, weights, biases, dropout_p, seed, backward=True)
     s = net.shape
-    sizes = [t.numel() for t in (*weights, *biases)] + [channels] * 2
+    sections = [tuple(w.shape) for w in weights]
+    sections += [(1, b.shape[0]) for b in biases] + [(1, channels)] * 2
+    sizes = section_sizes(sections)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     at_w2, at_b2 = (starts[1], starts[layers + 1]) if s.two else (0, 0)
-    sections = (
-        at_w2, starts[layers - 1], starts[layers], at_b2, starts[2 * layers - 1], *starts[-2:]
-    )  # fmt: skip
+    at = at_w2, starts[layers - 1], starts[layers], at_b2, starts[2 * layers - 1], *starts[-2:]
     part = input.new_empty(s.parts, sum(sizes), dtype=accumulator(input.dtype))
     arguments = (
         grad_output, input, *net.front, net.weights[-1], _vector(bn_weight), _vector(bn_bias),
         saved, net.seed, part, dx, rows, *net.sizes, *grad_output.stride(), *input.stride(),
-        *net.dropout, negative_slope, s.rows_per_part, s.parts, sum(sizes), *sections,
+        *net.dropout, negative_slope, s.rows_per_part, s.parts, sum(sizes), *at,
     )  # fmt: skip
     constants = {
         "TRAINING": training,
@@ -233,5 +235,5 @@ def research_net_backward(
         for last, rest in ((True, False), (False, True)) if training else ((True, True),):
             research_net_grad_kernel[(s.parts,)](*arguments, LAST=last, REST=rest, **constants)
         if any(output_mask[1:]):
-            merge(part, gradients, sizes)
+            merge(part, gradients, sections)
     return everything

@@ -11,18 +11,20 @@ import triton.language as tl
 
 from .batch_norm_leaky_relu import leaky_relu, load_vector
 from .launch import cast, scalar
-from .matmul import column_halves, multiply
+from .matmul import multiply, take_columns
+from .merge import padded
 from .moments import merge_rows
 from .research_net_kernels import before_norm, load_rows, load_weight
 
 
 @triton.jit
 def add_weight(ptr, value, row0, rows, column0, columns, fresh):
-    """Add a tile to a contiguous (rows, columns) matrix; ``fresh``: write it."""
+    """Add a tile to a (rows, columns) matrix of padded rows; ``fresh``: write it."""
     r = row0 + tl.arange(0, value.shape[0])
     c = column0 + tl.arange(0, value.shape[1])
-    mask = (r < rows)[:, None] & (c < columns)[None, :]
-    at = ptr + r[:, None] * columns + c[None, :]
+    stride = padded(columns)
+    mask = (r < rows)[:, None] & (c < stride)[None, :]
+    at = ptr + r[:, None] * stride + c[None, :]
     tl.store(at, value + tl.load(at, mask=mask & (not fresh), other=0.0), mask=mask)
 
 
@@ -30,41 +32,35 @@ def add_weight(ptr, value, row0, rows, column0, columns, fresh):
 def add_vector(ptr, value, first, size, fresh):
     """Add a piece to a vector; ``fresh``: write it."""
     i = first + tl.arange(0, value.shape[0])
-    mask = i < size
+    mask = i < padded(size)
     value += tl.load(ptr + i, mask=mask & (not fresh), other=0.0)
     tl.store(ptr + i, value, mask=mask)
 
 
 @triton.jit
 def middle_grad(
-    dz, a, w2_ptr, dw2_ptr, at, H, F, da, fresh, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    dz, a, w2_ptr, dw2_ptr, H, F, da, fresh, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """da + dz @ W2, and dz.T @ a added to dW2, for DEPTH columns of ``dz`` at a time."""
-    if dz.shape[1] > DEPTH:
-        left, right = column_halves(dz)
-        da = middle_grad(left, a, w2_ptr, dw2_ptr, at, H, F, da, fresh, DEPTH, PRECISION)
-        at += dz.shape[1] // 2
-        return middle_grad(right, a, w2_ptr, dw2_ptr, at, H, F, da, fresh, DEPTH, PRECISION)
-    else:
-        dw = tl.zeros([dz.shape[1], a.shape[1]], da.dtype)
-        dw = multiply(tl.trans(dz), a, dw, PRECISION)
-        add_weight(dw2_ptr, dw, at, H, 0, F, fresh)
-        w = load_weight(w2_ptr, at, H, 0, F, dz.shape[1], a.shape[1])
-        return multiply(dz, w, da, PRECISION)
+    for k in range(0, H, DEPTH):
+        piece = take_columns(dz, k, DEPTH)
+        dw = tl.zeros([piece.shape[1], a.shape[1]], da.dtype)
+        dw = multiply(tl.trans(piece), a, dw, PRECISION)
+        add_weight(dw2_ptr, dw, k, H, 0, F, fresh)
+        w = load_weight(w2_ptr, k, H, 0, F, piece.shape[1], a.shape[1])
+        da = multiply(piece, w, da, PRECISION)
+    return da
 
 
 @triton.jit
-def weight_product_rows(dz, w_ptr, at, rows, column0, columns, acc, DEPTH: tl.constexpr,
+def weight_product_rows(dz, w_ptr, rows, column0, columns, acc, DEPTH: tl.constexpr,
                         PRECISION: tl.constexpr):  # fmt: skip
-    """acc + dz @ W[at:, column0:], DEPTH columns of ``dz`` and rows of the weight at a time."""
-    if dz.shape[1] > DEPTH:
-        left, right = column_halves(dz)
-        acc = weight_product_rows(left, w_ptr, at, rows, column0, columns, acc, DEPTH, PRECISION)
-        at += dz.shape[1] // 2
-        return weight_product_rows(right, w_ptr, at, rows, column0, columns, acc, DEPTH, PRECISION)
-    else:
-        w = load_weight(w_ptr, at, rows, column0, columns, dz.shape[1], acc.shape[1])
-        return multiply(dz, w, acc, PRECISION)
+    """acc + dz @ W[:, column0:], DEPTH columns of ``dz`` and rows of the weight at a time."""
+    for k in range(0, rows, DEPTH):
+        piece = take_columns(dz, k, DEPTH)
+        w = load_weight(w_ptr, k, rows, column0, columns, piece.shape[1], acc.shape[1])
+        acc = multiply(piece, w, acc, PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["threshold", "parts", "rows_per_part"])
@@ -141,14 +137,16 @@ def research_net_grad_kernel(
             else:
                 w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
                 da = multiply(g, w, da, PRECISION)
-            if LAST:
-                if RESIDENT:
-                    dw3 = multiply(tl.trans(g), a, dw3, PRECISION)
-                    db3 += tl.sum(g.to(ACC), 0)
-                else:
-                    dw = multiply(tl.trans(g), a, tl.zeros([BLOCK_OUT, BLOCK_H], ACC), PRECISION)
-                    add_weight(row_ptr + at_w3, dw, at, OUT, 0, H, fresh)
-                    add_vector(row_ptr + at_b3, tl.sum(g.to(ACC), 0), at, OUT, fresh)
+            if LAST and RESIDENT:
+                dw3 = multiply(tl.trans(g), a, dw3, PRECISION)
+                db3 += tl.sum(g.to(ACC), 0)
+        if LAST and not RESIDENT:
+            # A loop of its own: operands of both products at once take too many registers.
+            for at in range(0, OUT, BLOCK_OUT):
+                g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
+                dw = multiply(tl.trans(g), a, tl.zeros([BLOCK_OUT, BLOCK_H], ACC), PRECISION)
+                add_weight(row_ptr + at_w3, dw, at, OUT, 0, H, fresh)
+                add_vector(row_ptr + at_b3, tl.sum(g.to(ACC), 0), at, OUT, fresh)
         du = tl.where(u > 0, da, da * slope)
         if LAST:
             sum_beta = tl.sum(du, 0)
@@ -177,7 +175,7 @@ def research_net_grad_kernel(
                 else:
                     add_vector(row_ptr + at_b2, sum_b2, 0, H, fresh)
                     dz = middle_grad(
-                        operand, a1, w2_ptr, row_ptr + at_w2, 0, H, F, dz, fresh, DEPTH, PRECISION
+                        operand, a1, w2_ptr, row_ptr + at_w2, H, F, dz, fresh, DEPTH, PRECISION
                     )
                 dz = tl.where(a1 <= 0, 0.0, dz * scale)
                 operand = cast(dz, x_ptr.dtype.element_ty)
@@ -193,14 +191,13 @@ def research_net_grad_kernel(
                     dw = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
                     dw = multiply(tl.trans(operand), x, dw, PRECISION)
                     add_weight(row_ptr, dw, 0, F, at, IN, fresh)
-                if dx_ptr is not None:
+            if dx_ptr is not None:
+                for at in range(0, IN, BLOCK_IN):
                     dx = tl.zeros([BLOCK_M, BLOCK_IN], ACC)
                     if RESIDENT:
                         dx = multiply(operand, w1, dx, PRECISION)
                     else:
-                        dx = weight_product_rows(
-                            operand, w1_ptr, 0, F, at, IN, dx, DEPTH, PRECISION
-                        )
+                        dx = weight_product_rows(operand, w1_ptr, F, at, IN, dx, DEPTH, PRECISION)
                     i = at + tl.arange(0, BLOCK_IN)
                     dx_at = dx_ptr + m[:, None] * IN + i[None, :]
                     mask = in_m[:, None] & (i < IN)[None, :]

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .batch_norm_leaky_relu import RUNNING, leaky_relu, load_vector, reciprocal_std, update_running
 from .launch import cast, divide, scalar
-from .matmul import column_halves, multiply
+from .matmul import multiply, take_columns
 from .moments import merge_parts, store_part
 from .philox import dropout
 
@@ -55,17 +55,14 @@ def first_product(
 
 
 @triton.jit
-def weight_product(a, w_ptr, row0, rows, at, columns, acc, DEPTH: tl.constexpr,
+def weight_product(a, w_ptr, row0, rows, columns, acc, DEPTH: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """acc + a @ W[row0:, at:].T, DEPTH columns of ``a`` and of the weight at a time."""
-    if a.shape[1] > DEPTH:
-        left, right = column_halves(a)
-        acc = weight_product(left, w_ptr, row0, rows, at, columns, acc, DEPTH, PRECISION)
-        middle = at + a.shape[1] // 2
-        return weight_product(right, w_ptr, row0, rows, middle, columns, acc, DEPTH, PRECISION)
-    else:
-        w = load_weight(w_ptr, row0, rows, at, columns, acc.shape[1], a.shape[1])
-        return multiply(a, tl.trans(w), acc, PRECISION)
+    """acc + a @ W[row0:].T, DEPTH columns of ``a`` and of the weight at a time."""
+    for k in range(0, columns, DEPTH):
+        piece = take_columns(a, k, DEPTH)
+        w = load_weight(w_ptr, row0, rows, k, columns, acc.shape[1], piece.shape[1])
+        acc = multiply(piece, tl.trans(w), acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -94,7 +91,7 @@ def before_norm(
         if RESIDENT:
             z = multiply(a, tl.trans(w2), zero, PRECISION)
         else:
-            z = weight_product(a, w2_ptr, 0, H, 0, F, zero, DEPTH, PRECISION)
+            z = weight_product(a, w2_ptr, 0, H, F, zero, DEPTH, PRECISION)
         return z + b2[None, :], a
     else:
         return z, z
@@ -219,7 +216,7 @@ def research_net_kernel(
             if RESIDENT:
                 y = multiply(a, tl.trans(w3), y, PRECISION)
             else:
-                y = weight_product(a, w3_ptr, at, OUT, 0, H, y, DEPTH, PRECISION)
+                y = weight_product(a, w3_ptr, at, OUT, H, y, DEPTH, PRECISION)
             y += load_vector(b3_ptr, at + c, at + c < OUT, 0.0, ACC)[None, :]
             y_at = y_ptr + m[:, None] * OUT + (at + c)[None, :]
             mask = in_m[:, None] & (at + c < OUT)[None, :]
