@@ -13,8 +13,8 @@ import torch
 
 from fused_mlp import _build
 
+from . import gpu_docs, gpu_steps
 from . import gpu_predictions as predictions
-from . import gpu_steps
 from .cases import NETWORK, OPS
 from .cuda_launches import load_library
 from .errors import BenchError, Unsupported
@@ -50,7 +50,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the steps"
     )
+    parser.add_argument(
+        "--docs", action="store_true",
+        help="with --only triton: also put the table, a row a kernel, into docs/triton.md",
+    )  # fmt: skip
     options = parser.parse_args(argv)
+    if options.docs and options.only != "triton":
+        parser.error("--docs goes with --only triton")
     lines: list[Line] = []
     for name, half in {"triton": _triton, "cuda": _cuda}.items():
         if options.only in (None, name):
@@ -62,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
                 sys.stderr.write(f"{name}: {missing}\n")
     if lines:
         sys.stdout.write(f"## Compiled kernels\n\n{table(lines)}\n")
+    if options.docs:
+        gpu_docs.write(lines)
     if options.only in (None, "steps"):
         text = "\n\n".join(predictions.sections(_steps(options)))
         sys.stdout.write(f"\n{text}\n" if lines else f"{text}\n")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from support import INTERPRETED
 
 pytest.importorskip("rich")
 
-from bench import counting, gpu_command, gpu_steps
+from bench import counting, gpu_command, gpu_docs, gpu_steps
 from bench import gpu_predictions as predictions
 from bench.__main__ import main
+from bench.errors import BenchError
 from bench.gpu_steps import Launch
+from bench.gpu_table import Line
 
 GPU = predictions._gpu("made up", 90, gb=1000, fp32=10, tf32=100, half=200)
 
@@ -85,6 +89,27 @@ def test_the_report_sets_eager_beside_and_calls_predictions_so(
 def test_a_chip_without_steps_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpu-report", "--only", "steps", "--chip", "gfx942"]) == 1
     assert "steps run for sm_80, sm_90 and sm_100" in capsys.readouterr().err
+
+
+def test_the_docs_show_a_row_a_kernel_and_a_column_a_chip(tmp_path: Path) -> None:
+    def line(chip: str, registers: int, spilled: int) -> Line:
+        return Line("triton", "net", "net 10", "tf32", chip, 128, registers, spilled, 2048,
+                    "mfma" if chip == "gfx942" else "", 20, 4)  # fmt: skip
+
+    page = tmp_path / "triton.md"
+    page.write_text(f"before\n{gpu_docs.BEGIN}\nold\n{gpu_docs.END}\nafter\n")
+    lines = [line("sm_90", 100, 0), line("sm_90", 255, 8), line("gfx942", 90, 0)]
+    gpu_docs.write(lines, page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "3 kernels were compiled, of which 1 spill registers." in text
+    assert "| net 10 | tf32 | net | 100 / 0 / 2 / – / 20 | 90 / 0 / 2 / mfma / 20 |" in text
+    assert "| net 10 | tf32 | net (2) | 255 / 8 / 2 / – / 20 | – |" in text
+    page.write_text("no marks")
+    with pytest.raises(BenchError, match="has no"):
+        gpu_docs.write(lines, page)
 
 
 def test_triton_steps_run_in_the_simulator() -> None:
