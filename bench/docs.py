@@ -42,6 +42,7 @@ def _nets(*which: int) -> list[str]:
 
 _ALL = ["--against", ",".join(AGAINST), "--seconds", "1.5"]
 _EAGER = ["--against", "eager", "--seconds", "0.6"]
+_BFLOAT16 = ["--dtype", "bfloat16", "--against", "eager,float32", "--seconds", "0.5"]
 SECTIONS = {
     "net-10-eval": Section([*_nets(0), "--mode", "eval", *_ALL], 50),
     "net-10-train": Section([*_nets(0), "--mode", "train", *_ALL], 60),
@@ -49,13 +50,16 @@ SECTIONS = {
     "net-128-train": Section([*_nets(1), "--mode", "train", *_ALL], 120),
     "net-784": Section([*_nets(2), *_ALL], 90),
     "net-1024": Section([*_nets(3), *_ALL], 110),
-    "ops": Section(["--docs", "--ops", "--seconds", "1"], 60),
+    "ops": Section(["--docs", "--ops", "--seconds", "0.7"], 120),
+    "bfloat16": Section([*_nets(1, 2, 3), "--docs", "--ops", *_BFLOAT16], 150),
     "one-thread": Section([*_nets(0, 1, 2, 3), "--threads", "1", *_EAGER], 90),
     "avx2": Section([*_nets(0, 1, 2, 3), *_EAGER], 80, {"FUSED_MLP_CPU_ISA": "avx2"}),
     "end-to-end": Section(["--end-to-end"], 120),
 }
 # What the GPU kernels do in ptxsim: no timing, so no results but a text.
 GPU, GPU_SECONDS = "gpu", 120
+# Sections that are no part of the whole but stand beside it.
+BESIDE = ("bfloat16", "one-thread", "avx2")
 NETS = [name for name in SECTIONS if name.startswith("net-")]
 
 
@@ -204,7 +208,7 @@ def write(found: dict[str, Results], page: Path, more: str = "") -> None:
     if not begin or not end:
         raise BenchError(f"{page} has no {BEGIN} … {END}")
     main_part = merged(found, [*NETS, "ops", "end-to-end"]) or next(iter(found.values()))
-    others = {name: part for name, part in found.items() if name in ("one-thread", "avx2")}
+    others = {name: part for name, part in found.items() if name in BESIDE}
     numbers = "\n\n".join([*docs_tables.sections(main_part, others, found), more]).strip()
     page.write_text(f"{head}{begin}\n\n{numbers}\n\n{end}{tail}", encoding="utf-8")
 

@@ -27,7 +27,7 @@ def sections(
 
     Args:
         main: the networks, the ops and what was measured end to end, as one.
-        others: ``one-thread`` and ``avx2``, if they are there.
+        others: ``bfloat16``, ``one-thread`` and ``avx2``, if they are there.
         parts: every section by name, to say where the numbers are from.
     """
     yield provenance(main, parts)
@@ -53,6 +53,13 @@ def sections(
         yield "### The ops on their own"
         yield _picture("ops")
         yield markdown(*tables.cells(ops))
+    if "bfloat16" in others:
+        yield "### bfloat16"
+        yield (
+            "Against eager in bfloat16; *vs float32* is the time of the same module in float32 "
+            "over it. *of peak* is of torch's own bfloat16 product of 2048 squared."
+        )
+        yield markdown(*tables.cells(others["bfloat16"]))
     if main.peaks and main.rows:
         yield "### Under the ceilings"
         yield _picture("roofline")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from . import kernels
 from . import rivals_external as external
 from .errors import BenchError, Unsupported
-from .workload import Workload, without_dropout
+from .workload import Workload, build, without_dropout
 
 EAGER, AGAIN, FUSED, KERNEL = "eager", "eager again", "fused", "kernel"
 # Measured beside the rivals, and none: eager a second time, and our own kernels by themselves.
@@ -73,6 +74,13 @@ def _fused(workload: Workload) -> Contestant:
 
 def _kernel(workload: Workload) -> Contestant:
     return Contestant(kernels.step(workload), None)  # fused is checked: it is the same op
+
+
+def _float32(workload: Workload) -> Contestant:
+    case = workload.case
+    if case.dtype.itemsize >= 4:
+        raise Unsupported("float32: beside half precision alone")
+    return _fused(build(dataclasses.replace(case, dtype=torch.float32)))
 
 
 def _compiled(mode: str | None) -> Prepare:
@@ -218,6 +226,7 @@ RIVALS = {
         Rival(KERNEL, "our kernels by themselves, without module and autograd", (), _kernel),
         Rival("onednn", "eager with dropout 0, its products through oneDNN where faster", (),
               _onednn),
+        Rival("float32", "this package in float32, beside half precision", (), _float32),
         Rival("compile", "torch.compile, default mode", (), _compiled(None)),
         Rival("compile-max", "torch.compile, max-autotune", (), _compiled("max-autotune")),
         Rival("onnxruntime", "ONNX Runtime, batch norm folded by us (eval)",

@@ -333,7 +333,7 @@ def _settle(device: str) -> None:
 # Up to this width a block of rows and its activations stay in a core's cache: 256 columns keep 64
 # rows of three layers under 200 kB. With a wider layer the CPU kernels run layer by layer.
 CPU_CACHE_WIDTH = 256
-_WIDE_DTYPES = (torch.float32, torch.float64)
+_WIDE_DTYPES = (torch.float32, torch.float64)  # and bfloat16 where it has products of its own
 # Below this many input columns the first layer is computed again in backward: its mask is stored,
 # one bit an element, in place of its output.
 CPU_RECOMPUTE_WIDTH = 32
@@ -347,7 +347,8 @@ def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
         if max(widths) <= CPU_CACHE_WIDTH:
             return min(widths) > 0
         # Half precision is left to the library where products weigh most: see linear_relu.cpp.
-        return min(widths) > 0 and input.dtype in _WIDE_DTYPES and _runs_wide()
+        wide = input.dtype in _WIDE_DTYPES and _runs_wide()
+        return min(widths) > 0 and (wide or _has_pairs(input))
     if backend == "triton":
         return bool(_triton_module("research_net").fits(widths, input.dtype))
     if backend == "native":
@@ -356,10 +357,20 @@ def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 @functools.cache
-def _runs_wide() -> bool:
-    function = ctypes.CDLL(_native("cpu").path).fused_mlp_runs_wide
+def _cpu_has(question: str) -> bool:
+    """Return what the CPU library answers to one of its questions (csrc/cpu/isa.cpp)."""
+    function = getattr(ctypes.CDLL(_native("cpu").path), question)
     function.restype = ctypes.c_bool
     return bool(function())
+
+
+def _runs_wide() -> bool:
+    return _cpu_has("fused_mlp_runs_wide")
+
+
+def _has_pairs(input: Tensor) -> bool:
+    """Return whether products of the input run on bfloat16's own instructions."""
+    return input.dtype == torch.bfloat16 and _cpu_has("fused_mlp_runs_bfloat16")
 
 
 def _cuda_fits(widths: Sequence[int], input: Tensor) -> bool:
@@ -384,6 +395,9 @@ def saved_numel(
     if not training or input.device.type != "cpu" or active_backend("cpu") != "native":
         return 2 * channels
     rows = input.shape[0]
+    if _has_pairs(input):  # csrc/cpu/kernels/bfloat16/network.h: two elements in one
+        kept = (channels, *(w.shape[0] for w in weights[:-2]))
+        return 2 * channels + sum((rows * width + 1) // 2 for width in kept)
     itemsize = reference.accumulate_dtype(input.dtype).itemsize
     widest = max(weights[0].shape[1], *(w.shape[0] for w in weights))
     wide = widest > CPU_CACHE_WIDTH and input.dtype in _WIDE_DTYPES

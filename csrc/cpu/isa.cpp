@@ -8,37 +8,46 @@
 namespace fused_mlp {
 namespace {
 
-bool avx2_runs() {
 #if defined(FUSED_MLP_HAS_AVX2)
+bool avx2_runs() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
 }
+#endif
 
-bool avx512_runs() {
 #if defined(FUSED_MLP_HAS_AVX512)
+bool avx512_runs() {
   return avx2_runs() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-  return false;
+}
 #endif
+
+// FUSED_MLP_CPU_ISA names the most to be used; more than the machine has is not given.
+enum Level { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+
+Level most_wanted() {
+  const char* wanted = std::getenv("FUSED_MLP_CPU_ISA");
+  if (wanted == nullptr || *wanted == 0) return kAvx512Bf16;
+  const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  for (int level = kAvx512Bf16; level > kBaseline; --level) {
+    if (std::strcmp(wanted, names[level]) == 0) return static_cast<Level>(level);
+  }
+  return kBaseline;
 }
 
-// FUSED_MLP_CPU_ISA=baseline|avx2|avx512 asks for less than the machine has; more is not given.
 const Kernels& choose() {
-  const char* wanted = std::getenv("FUSED_MLP_CPU_ISA");
-  const auto allowed = [&](const char* isa) {
-    return wanted == nullptr || *wanted == 0 || std::strcmp(wanted, isa) == 0;
-  };
+  [[maybe_unused]] const Level most = most_wanted();
+#if defined(FUSED_MLP_HAS_AVX512_BF16)
+  if (most >= kAvx512Bf16 && avx512_runs() && __builtin_cpu_supports("avx512bf16")) {
+    return avx512_bf16::kernels();
+  }
+#endif
 #if defined(FUSED_MLP_HAS_AVX512)
-  if (avx512_runs() && allowed("avx512")) return avx512::kKernels;
+  if (most >= kAvx512 && avx512_runs()) return avx512::kKernels;
 #endif
 #if defined(FUSED_MLP_HAS_AVX2)
-  if (avx2_runs() && (allowed("avx2") || allowed("avx512"))) return avx2::kKernels;
+  if (most >= kAvx2 && avx2_runs()) return avx2::kKernels;
 #endif
-  (void)avx512_runs;
   return baseline::kKernels;
 }
 
@@ -54,6 +63,11 @@ const Kernels& kernels() {
 // Whether networks of any width run in one op, in float32 and float64 (fused_mlp/backends.py).
 extern "C" __attribute__((visibility("default"))) bool fused_mlp_runs_wide() {
   return fused_mlp::kernels().wide;
+}
+
+// Whether they do in bfloat16.
+extern "C" __attribute__((visibility("default"))) bool fused_mlp_runs_bfloat16() {
+  return fused_mlp::kernels().bfloat16;
 }
 
 // For `python -m fused_mlp doctor`.

@@ -7,14 +7,14 @@ namespace fused_mlp {
 namespace {
 
 // The widest side of a weight our kernels multiply by in any case: they beat the library's product
-// where its call and the separate passes weigh most. Wider ones they take where they have FMA; the
-// library's half-precision product runs on instructions that ours does not use.
+// where its call and the separate passes weigh most. Wider ones they take where they have FMA;
+// half precision where they have its instructions, as the library does.
 constexpr int64_t kOwnWidth = 256;
 
 bool runs_own(const LinearReLU& op) {
   const bool single = op.dtype == DType::kFloat32 || op.dtype == DType::kFloat64;
   return (op.in_features <= kOwnWidth && op.out_features <= kOwnWidth) ||
-         (single && kernels().wide);
+         (single && kernels().wide) || (op.dtype == DType::kBFloat16 && kernels().bfloat16);
 }
 
 // A matrix whose rows are contiguous: the tensor as [rows, columns], copied if it must be.

@@ -2,9 +2,14 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fused_mlp {
 
@@ -12,6 +17,18 @@ void parallel_for_impl(int64_t count, int64_t grain, void (*body)(int64_t, int64
                        void* context) {
   torch::stable::parallel_for(0, count, grain,
                               [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kLarge = size_t{4} << 20;  // at least one whole large page of 2 MiB
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kLarge) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  // No matter if it is refused.
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
@@ -32,6 +49,7 @@ struct Buffer {
 void* allocate(size_t bytes) {
   void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   if (memory == nullptr) throw std::bad_alloc();
+  advise_large_pages(memory, bytes);
   return memory;
 }
 

@@ -1,5 +1,7 @@
 #include "cpu/tensors.h"
 
+#include "cpu/parallel.h"
+
 namespace fused_mlp {
 
 DType dtype_of(const Tensor& tensor) {
@@ -35,7 +37,10 @@ Tensor new_empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
       static_cast<int64_t>(sizes.size()), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+  if (bytes > 0) advise_large_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 std::vector<int64_t> sizes_of(const Tensor& tensor) {

@@ -2,6 +2,7 @@
 
     csrc/cpu/*.cpp           once, with baseline flags
     csrc/cpu/kernels/*.cpp   once per instruction set, told its name by -DFUSED_MLP_ISA=<name>
+    csrc/cpu/kernels/bfloat16/*.cpp   once, for avx512_bf16, which is avx512 with these beside it
     csrc/cuda/*.cu           once, for every GPU architecture
 
 Every unit learns which instruction sets are there from -DFUSED_MLP_HAS_AVX2 and so on. Nothing
@@ -37,11 +38,20 @@ CPU_FLAGS: tuple[str, ...] = (
     *("-Wall", "-Wextra", "-Wno-psabi", TORCH_TARGET),
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2)
+# gcc and clang prefer 256-bit vectors on AVX-512 machines unless told otherwise
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2),
+    "-mprefer-vector-width=512",
+)
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
-    # gcc and clang prefer 256-bit vectors on AVX-512 machines unless told otherwise
-    "x86_64": {"avx2": _AVX2, "avx512": (*_AVX512, "-mprefer-vector-width=512")},
+    "x86_64": {
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    },
 }
+# Instruction sets that have a folder of kernels of their own and take all else from another.
+_FOLDERS = {"bfloat16": "avx512_bf16"}
 # -cudart static and symbols of libtorch_cpu alone: the library loads under every torch wheel.
 CUDA_FLAGS: tuple[str, ...] = (
     *("-O3", LANGUAGE, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"),
@@ -76,7 +86,11 @@ class Plan:
 def sources(kind: str, csrc: Path) -> list[Path]:
     """The files that are compiled for ``kind``; empty where the tree has none."""
     if kind == "cpu":
-        return [*sorted(csrc.glob("cpu/*.cpp")), *sorted(csrc.glob("cpu/kernels/*.cpp"))]
+        return [
+            path
+            for pattern in ("cpu/*.cpp", "cpu/kernels/*.cpp", "cpu/kernels/*/*.cpp")
+            for path in sorted(csrc.glob(pattern))
+        ]
     return sorted(csrc.glob("cuda/**/*.cu"))
 
 
@@ -145,8 +159,7 @@ def _plan_cpu(
     common = (*compiler, *CPU_FLAGS, *strict, *have, *includes)
     units: dict[str, list[Unit]] = {"": [], **{name: [] for name in isas}}
     for source in sources("cpu", csrc):
-        per_isa = source.parent.name == "kernels"
-        for name, flags in isas.items() if per_isa else [("", ())]:
+        for name, flags in _isas_of(source, isas).items():
             suffix = f".{name}.o" if name else ".o"
             output = folder / source.relative_to(csrc).with_suffix(suffix)
             isa = (f"-DFUSED_MLP_ISA={name}",) if name else ()
@@ -160,6 +173,16 @@ def _plan_cpu(
     late = ("-Wl,-undefined,dynamic_lookup",) if platform.system() == "Darwin" else ()
     link = (*compiler, "-shared", "-fPIC", *late, *objects, "-o", str(output), *libraries)
     return Plan(ordered, link, output, {"isas": list(isas), "compiler": " ".join(compiler)})
+
+
+def _isas_of(source: Path, isas: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The names and flags a file is compiled with; no name for one outside of ``kernels``."""
+    folder = source.parent.name
+    if folder in _FOLDERS:
+        return {name: flags for name, flags in isas.items() if name == _FOLDERS[folder]}
+    if folder == "kernels":
+        return {name: flags for name, flags in isas.items() if name not in _FOLDERS.values()}
+    return {"": ()}
 
 
 def _plan_cuda(

@@ -3,6 +3,7 @@
 #include "cpu/kernels/batch_norm.h"
 
 #include "cpu/kernels/moments.h"
+#include "cpu/kernels/stream.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
@@ -92,12 +93,14 @@ void forward(const BatchNormLeakyReLU& op) {
   S* y = static_cast<S*>(op.output);
   if (op.length == 1) {
     k = repeat_all(k, shape, arena);
+    const bool past = goes_past_cache<S>(y, op.batches, channels);
     for_row_blocks(shape.all_rows(), shape.columns * kPassCost, [&](int64_t first, int64_t rows) {
+      const Fence fence = {past};
       for (int64_t row = first; row < first + rows; ++row) {
         for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
           const int64_t i = row * shape.columns + c;
           const Vec<T> u = normalized(load_up_to(x + i, width), k.affine, c);
-          store_up_to(y + i, leaky_relu<T>(u, slope), width);
+          store_result(y + i, leaky_relu<T>(u, slope), width, past);
         });
       }
     });
@@ -196,7 +199,9 @@ void backward(const BatchNormLeakyReLUBackward& op) {
       repeat(k.k2, shape, wide.k2);
       repeat(k.k3, shape, wide.k3);
     }
+    const bool past = goes_past_cache<S>(dx, norm.batches, channels);
     for_row_blocks(shape.all_rows(), shape.columns * kPassCost, [&](int64_t first, int64_t rows) {
+      const Fence fence = {past};
       for (int64_t row = first; row < first + rows; ++row) {
         for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
           const int64_t i = row * shape.columns + c;
@@ -206,7 +211,7 @@ void backward(const BatchNormLeakyReLUBackward& op) {
           const Vec<T> centred = value - load_raw(wide.affine.mean + c);
           const Vec<T> result = du * load_raw(wide.affine.scale + c) - load_raw(wide.k2 + c) -
                                 centred * load_raw(wide.k3 + c);
-          store_up_to(dx + i, result, width);
+          store_result(dx + i, result, width, past);
         });
       }
     });

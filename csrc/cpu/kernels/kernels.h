@@ -187,6 +187,8 @@ struct Kernels {
   const char* isa;
   // Whether products beyond the cache beat the library's: without FMA they do not.
   bool wide;
+  // Whether bfloat16 has products of its own, at any width (kernels/bfloat16/).
+  bool bfloat16;
   void (*linear_relu)(const LinearReLU&);
   void (*linear_relu_backward)(const LinearReLUBackward&);
   void (*relu_dropout)(const ReLUDropout&);
@@ -217,6 +219,11 @@ extern const Kernels kKernels;
 #if defined(FUSED_MLP_HAS_AVX512)
 namespace avx512 {
 extern const Kernels kKernels;
+}
+#endif
+#if defined(FUSED_MLP_HAS_AVX512_BF16)
+namespace avx512_bf16 {
+const Kernels& kernels();
 }
 #endif
 

@@ -146,8 +146,9 @@ inline void add_block(const S* x, int64_t stride, int64_t rows, int64_t columns,
                       double* mean, double* m2) {
   using T = Compute<S>;
   const T inverse = T(1) / static_cast<T>(rows);
+  const double height = static_cast<double>(rows);
   const double total = count + static_cast<double>(rows);
-  const double weight = static_cast<double>(rows) / total;
+  const double weight = height / total, share = 1 / height;
   const double cross = count * weight;
   for_vectors<T>(columns, [&](int64_t c, int width) {
     // Rows in turns of four sums, which hide the latency of an addition.
@@ -167,21 +168,35 @@ inline void add_block(const S* x, int64_t stride, int64_t rows, int64_t columns,
       squares[i] += d * d;
       rests[i] += d;
     });
-    const Vec<T> square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-    const Vec<T> rest = (rests[0] + rests[1]) + (rests[2] + rests[3]);
-    if (!all_in_range<T>(square, width) &&
-        merge_in_double(x + c, stride, rows, square, width, weight, cross, mean + c, m2 + c)) {
+    const Vec<T> squared = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    if (!all_in_range<T>(squared, width) &&
+        merge_in_double(x + c, stride, rows, squared, width, weight, cross, mean + c, m2 + c)) {
       return;
     }
-    for (int lane = 0; lane < width; ++lane) {
-      const double slip = static_cast<double>(rest[lane]) / static_cast<double>(rows);
-      const double delta = static_cast<double>(centre[lane]) + slip - mean[c + lane];
-      mean[c + lane] += delta * weight;
-      m2[c + lane] += static_cast<double>(square[lane]) - slip * slip * static_cast<double>(rows) +
-                      delta * delta * cross;
+    T centres[kLanes<T>], square[kLanes<T>], rest[kLanes<T>];
+    store_raw(centres, centre);
+    store_raw(square, squared);
+    store_raw(rest, (rests[0] + rests[1]) + (rests[2] + rests[3]));
+    const auto merge = [&](int lanes) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const double slip = static_cast<double>(rest[lane]) * share;
+        const double delta = static_cast<double>(centres[lane]) + slip - mean[c + lane];
+        mean[c + lane] += delta * weight;
+        m2[c + lane] +=
+            static_cast<double>(square[lane]) - slip * slip * height + delta * delta * cross;
+      }
+    };
+    if (width == kLanes<T>) {  // a number the compiler knows: in vectors
+      merge(kLanes<T>);
+    } else {
+      merge(width);
     }
   });
 }
+
+// Matrices of fewer columns are read as ones of more. From this many on a shorter last vector costs
+// less than coefficients that fill the cache.
+constexpr int64_t kFoldedColumns = 64;
 
 // A matrix of few columns read as one of whole vectors: `fold` rows make one wide row, and what is
 // left over makes a last, shorter one. Column c of the wide matrix is channel c % channels.
@@ -191,7 +206,7 @@ struct Folded {
   template <class T>
   static Folded of(int64_t rows, int64_t channels) {
     int64_t fold = 1;
-    if (channels % kLanes<T> != 0) {
+    if (channels < kFoldedColumns && channels % kLanes<T> != 0) {
       fold = kLanes<T>;
       while (channels * fold < 64) fold *= 2;
     }
@@ -228,6 +243,30 @@ inline void column_moments(const S* x, int64_t rows, int64_t channels, double* m
                 shape.columns, static_cast<double>(row - begin), chunk_mean, chunk_m2);
     }
   });
+  if (shape.columns == channels) {  // all channels of a chunk at once, in vectors
+    double count = 0;
+    for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double* chunk_mean = partial + chunk * room;
+      const double* chunk_m2 = chunk_mean + channels;
+      const double more = static_cast<double>(chunk_begin(shape.rows, chunks, chunk + 1) -
+                                              chunk_begin(shape.rows, chunks, chunk));
+      if (more == 0) continue;
+      if (count == 0) {
+        for (int64_t c = 0; c < channels; ++c) mean[c] = chunk_mean[c], m2[c] = chunk_m2[c];
+        count = more;
+        continue;
+      }
+      const double weight = more / (count + more), cross = count * weight;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double delta = chunk_mean[c] - mean[c];
+        mean[c] += delta * weight;
+        m2[c] += chunk_m2[c] + delta * delta * cross;
+      }
+      count += more;
+    }
+    return;
+  }
   for (int64_t channel = 0; channel < channels; ++channel) {
     Moments total;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -279,13 +318,13 @@ inline void column_sums(const Folded& shape, const Body& terms, double* first, d
       for (int64_t i = 0; i < 2 * columns; ++i) total[i] += static_cast<double>(block[i]);
     }
   });
-  for (int64_t channel = 0; channel < shape.channels; ++channel) {
-    first[channel] = second[channel] = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const double* total = partial + chunk * 2 * columns;
-      for (int64_t c = channel; c < shape.columns; c += shape.channels) {
-        first[channel] += total[c];
-        second[channel] += total[columns + c];
+  for (int64_t c = 0; c < shape.channels; ++c) first[c] = second[c] = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const double* total = partial + chunk * 2 * columns;
+    for (int64_t start = 0; start < shape.columns; start += shape.channels) {
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        first[c] += total[start + c];
+        second[c] += total[columns + start + c];
       }
     }
   }

@@ -1,6 +1,7 @@
 // (x - mean) / (std + eps) over groups of values of [outer, count, inner].
 
 #include "cpu/kernels/moments.h"
+#include "cpu/kernels/stream.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
@@ -39,9 +40,10 @@ void for_spans_backwards(int64_t count, const Body& body) {
 }
 
 template <class S>
-void forward_span(const S* x, int64_t count, Compute<S> mean, Compute<S> rstd, S* y) {
+void forward_span(const S* x, int64_t count, Compute<S> mean, Compute<S> rstd, S* y,
+                  bool past = false) {
   for_vectors<Compute<S>>(count, [&](int64_t c, int width) {
-    store_up_to(y + c, (load_up_to(x + c, width) - mean) * rstd, width);
+    store_result(y + c, (load_up_to(x + c, width) - mean) * rstd, width, past);
   });
 }
 
@@ -60,8 +62,10 @@ void forward(const Normalize& op) {
   if (op.inner == 1 && op.outer == 1) {
     const Moments moments = span_moments(x, op.count);
     const T rstd = finish(0, op.count ? moments.mean : NAN, moments.m2);
+    const bool past = goes_past_cache<S>(y, 1, op.count);
     for_spans_backwards(op.count, [&](int64_t begin, int64_t length) {
-      forward_span(x + begin, length, mean[0], rstd, y + begin);
+      const Fence fence = {past};
+      forward_span(x + begin, length, mean[0], rstd, y + begin, past);
     });
     return;
   }
@@ -93,12 +97,14 @@ void forward(const Normalize& op) {
     }
     repeat(mean + o * inner, shape, wide_mean);
     repeat(rstd, shape, wide_rstd);
+    const bool past = op.outer == 1 && goes_past_cache<S>(y, op.count, inner);
     for_row_blocks(shape.all_rows(), shape.columns * kPassCost, [&](int64_t first, int64_t rows) {
+      const Fence fence = {past};
       for (int64_t row = first; row < first + rows; ++row) {
         for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
           const int64_t i = row * shape.columns + c;
           const Vec<T> centred = load_up_to(x + i, width) - load_raw(wide_mean + c);
-          store_up_to(y + i, centred * load_raw(wide_rstd + c), width);
+          store_result(y + i, centred * load_raw(wide_rstd + c), width, past);
         });
       }
     });
@@ -155,14 +161,15 @@ GradSums span_sums(const S* x, const S* grad, int64_t count, Compute<S> mean) {
 }
 
 template <class S>
-void backward_span(const S* x, const S* grad, int64_t count, const Slopes<Compute<S>>& k, S* dx) {
+void backward_span(const S* x, const S* grad, int64_t count, const Slopes<Compute<S>>& k, S* dx,
+                   bool past = false) {
   using T = Compute<S>;
   const Vec<T> mean = splat(k.mean), rstd = splat(k.rstd), k2 = splat(k.k2), k3 = splat(k.k3);
   for_vectors<T>(count, [&](int64_t c, int width) {
-    store_up_to(
+    store_result(
         dx + c,
         input_grad<T>(load_up_to(grad + c, width), load_up_to(x + c, width), mean, rstd, k2, k3),
-        width);
+        width, past);
   });
 }
 
@@ -191,8 +198,10 @@ void backward(const NormalizeBackward& op) {
       parts[0].grad_x += parts[chunk].grad_x;
     }
     const Slopes<T> k = slopes<T>(norm, parts[0], 0);
+    const bool past = goes_past_cache<S>(dx, 1, norm.count);
     for_spans_backwards(norm.count, [&](int64_t begin, int64_t length) {
-      backward_span(x + begin, grad + begin, length, k, dx + begin);
+      const Fence fence = {past};
+      backward_span(x + begin, grad + begin, length, k, dx + begin, past);
     });
     return;
   }
@@ -245,15 +254,17 @@ void backward_columns(const NormalizeBackward& op, int64_t o) {
       k3[wide] = k.k3;
     }
   }
+  const bool past = norm.outer == 1 && goes_past_cache<S>(dx, norm.count, inner);
   for_row_blocks(shape.all_rows(), shape.columns * kPassCost, [&](int64_t first, int64_t rows) {
+    const Fence fence = {past};
     for (int64_t row = first; row < first + rows; ++row) {
       for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
         const int64_t i = row * shape.columns + c;
-        store_up_to(
+        store_result(
             dx + i,
             input_grad<T>(load_up_to(grad + i, width), load_up_to(x + i, width), load_raw(mean + c),
                           load_raw(rstd + c), load_raw(k2 + c), load_raw(k3 + c)),
-            width);
+            width, past);
       });
     }
   });

@@ -29,6 +29,7 @@ void scale(DType dtype, int64_t numel, double factor, void* data);
 extern const Kernels kKernels = {
     .isa = FUSED_MLP_STRING(FUSED_MLP_ISA),
     .wide = FUSED_MLP_VECTOR_BYTES >= 32,
+    .bfloat16 = false,
     .linear_relu = linear_relu,
     .linear_relu_backward = linear_relu_backward,
     .relu_dropout = relu_dropout,
