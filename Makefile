@@ -12,6 +12,7 @@ DEMO ?=
 PYTEST ?=
 LOCKED ?=
 FUZZ ?= 20000
+MUTANTS ?=
 BENCH ?=
 DOCS ?=
 
@@ -22,7 +23,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 READY := $(VENV)/.ready-$(NAME)$(if $(LOCKED),-locked)
 
-.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz asan ubsan tsan \
+.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz fuzz-bytes mutants soak reliability asan ubsan tsan \
   lock wheels sbom gpu-check clean distclean help
 .DEFAULT_GOAL := help
 
@@ -36,6 +37,10 @@ help:
 	@echo 'make abi-check  run one wheel under several versions of torch'
 	@echo 'make gpu-check  run the smoke tests on a GPU under compute-sanitizer'
 	@echo 'make fuzz       check FUZZ random calls of every op against float64, and as many wrong ones'
+	@echo 'make fuzz-bytes  call the raw ops with whatever libFuzzer thinks of'
+	@echo 'make mutants    plant faults in the numerics and see whether the tests notice (two hours)'
+	@echo 'make soak       a million small steps: does anything grow'
+	@echo 'make reliability  measure the tables of docs/reliability.md again'
 	@echo 'make asan       run the tests over a CPU library built with a sanitizer (also ubsan, tsan)'
 	@echo 'make wheels     build the source archive and the wheel of a release into dist/'
 	@echo 'make sbom       list what an installation of the wheel brings, as CycloneDX, into dist/'
@@ -88,6 +93,19 @@ lock: $(RUN)
 
 fuzz: $(READY)
 	FUSED_MLP_FUZZ=$(FUZZ) $(RUN) -m pytest -m fuzz $(PYTEST)
+
+fuzz-bytes: $(READY)
+	$(INSTALL) '.[fuzz]'
+	$(RUN) scripts/fuzz_bytes.py -runs=100000
+
+mutants: $(READY)
+	$(RUN) scripts/mutants.py --output build/mutants.json $(MUTANTS)
+
+soak: $(READY)
+	$(RUN) scripts/soak.py
+
+reliability: $(READY)
+	$(RUN) scripts/reliability.py $(if $(wildcard build/mutants.json),--mutants build/mutants.json)
 
 asan: $(READY)
 	$(RUN) scripts/sanitize.py address $(PYTEST)

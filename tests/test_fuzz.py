@@ -131,6 +131,18 @@ def test_research_net(device, rows, widths, training, p, affine, data) -> None:
     check_case(case, laid_out(case, data, ("input", *(f"weights[{i}]" for i in range(6)))))
 
 
+@pytest.mark.slow
+def test_no_bytes_end_the_process(tmp_path: Path) -> None:
+    """A short run of what `make fuzz-bytes` runs for longer."""
+    pytest.importorskip("atheris", reason="needs the extra fuzz")
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "scripts" / "fuzz_bytes.py"), "-runs=5000", "-seed=1"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done 5000 runs" in done.stderr
+
+
 def test_no_arguments_end_the_process() -> None:
     """In a process of its own, whose last line of output names the call that ended it."""
     examples = int(os.environ.get("FUSED_MLP_FUZZ", "0"))

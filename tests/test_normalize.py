@@ -258,3 +258,17 @@ def test_more_than_2_31_elements(device: torch.device, backend: str, dim) -> Non
         torch.testing.assert_close(part, exact[: len(part)], atol=2e-3, rtol=2e-3)
         if grad is not None:  # the gradient of a standardised value along itself vanishes
             assert grad[start : start + len(piece)].abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("dim", [None, (0,), (1,)])
+def test_transforms_know_eps(device: torch.device, dim) -> None:
+    """The formula that torch.func differentiates adds eps to the deviation, as the kernels do."""
+    x, direction = torch.randn(2, 9, 5, dtype=torch.float64, device=device)
+    ours, eagers = (
+        torch.func.jvp(lambda v, f=function: f(v, dim), (x,), (direction,))
+        for function in (
+            lambda v, dim: normalize(v, dim, eps=0.5),
+            lambda v, dim: eager(v, dim, 1, 0.5),
+        )
+    )
+    torch.testing.assert_close(ours, eagers, rtol=1e-12, atol=1e-12)

@@ -133,6 +133,30 @@ def _network_torch(
     return F.linear(hidden, weights[2], biases[2])
 
 
+def _linear_act_torch(
+    input: Any, weight: Any, bias: Any, activation: str, dropout_p: Any, training: Any,
+    negative_slope: Any,
+) -> Tensor:  # fmt: skip
+    hidden = F.linear(input, weight, bias)
+    return F.dropout(_activate(hidden, activation, negative_slope), dropout_p, training)
+
+
+def _activate(x: Tensor, activation: Any, negative_slope: Any) -> Tensor:
+    known = {"none": lambda x: x, "relu": F.relu, "tanh": torch.tanh}
+    known["leaky_relu"] = lambda x: F.leaky_relu(x, negative_slope)
+    if activation not in known:
+        raise ValueError(activation)
+    return known[activation](x)
+
+
+def _batch_norm_act_torch(
+    input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: Any,
+    momentum: Any, eps: Any, activation: Any, dropout_p: Any, negative_slope: Any,
+) -> Tensor:  # fmt: skip
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.dropout(_activate(output, activation, negative_slope), dropout_p, training)
+
+
 _NAN, _INF = float("nan"), float("inf")
 FUNCTIONS = (
     Function(
@@ -171,6 +195,29 @@ FUNCTIONS = (
         torch.ops.fused_mlp.batch_norm_leaky_relu,
         _batch_norm_torch,
         {"eps": (-1.0, _NAN)},
+    ),
+    Function(
+        "linear_act",
+        lambda: {
+            "input": _random(6, 4), "weight": _random(3, 4), "bias": _random(3),
+            "activation": "leaky_relu", "dropout_p": 0.5, "training": True, "negative_slope": 0.01,
+        },
+        functional.linear_act,
+        lambda training, **named: torch.ops.fused_mlp.linear_act(**named),
+        _linear_act_torch,
+        {"dropout_p": (-0.1, 1.1, _NAN, _INF), "activation": ("sigmoid", "ReLU", "")},
+    ),
+    Function(
+        "batch_norm_act",
+        lambda: {
+            "input": _random(6, 4), "running_mean": torch.zeros(4), "running_var": torch.ones(4),
+            "weight": _random(4), "bias": _random(4), "training": True, "momentum": 0.1,
+            "eps": 1e-5, "activation": "leaky_relu", "dropout_p": 0.5, "negative_slope": 0.01,
+        },
+        functional.batch_norm_act,
+        lambda **named: torch.ops.fused_mlp.batch_norm_act(**named),
+        _batch_norm_act_torch,
+        {"dropout_p": (-0.1, 1.1, _NAN), "activation": ("gelu", ""), "eps": (-1.0, _NAN)},
     ),
     Function(
         "research_net",

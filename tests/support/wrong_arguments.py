@@ -12,8 +12,8 @@ import argparse
 import faulthandler
 import random
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,11 +48,28 @@ UNUSUAL: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
-class Arguments:
-    """Random arguments of one call; the same for the same seed and number."""
+OPS = [
+    *((schemas.KERNELS, op) for op in schemas.KERNEL_SCHEMAS),
+    *((schemas.PUBLIC, op) for op in schemas.PUBLIC_SCHEMAS),
+    *((schemas.KERNELS, op) for op in schemas.PREPARED_SCHEMAS),
+    *((schemas.KERNELS, op) for op in schemas.TRAINING_SCHEMAS),
+]
+# Arguments that are handles, and the op that makes them.
+HANDLES = {"prepared": "research_net_prepare", "plan": "train_step_plan"}
 
-    def __init__(self, seed: int, number: int) -> None:
-        self._random = random.Random((seed << 32) + number)
+
+class Source(Protocol):
+    """Where decisions come from: ``random.Random``, or the bytes of a fuzzer."""
+
+    def random(self) -> float: ...
+    def choice(self, options: Sequence[Any]) -> Any: ...
+
+
+class Arguments:
+    """Arguments of one call; the same for the same decisions and number."""
+
+    def __init__(self, source: Source, number: int) -> None:
+        self._random = source
         self._generator = torch.Generator().manual_seed(number)
         rows, columns, others = (self._random.choice(SIZES) for _ in range(3))
         dtype = self._random.choice(FITTING)
@@ -70,10 +87,11 @@ class Arguments:
 
     def call(self) -> tuple[str, list[Any], dict[str, Any]]:
         """Return the op's name, its arguments in order, and those passed by name."""
-        ops = [(schemas.KERNELS, op) for op in schemas.KERNEL_SCHEMAS]
-        ops += [(schemas.PUBLIC, op) for op in schemas.PUBLIC_SCHEMAS]
-        name = "::".join(self._random.choice(ops))
-        arguments, named = [], {}
+        return self._call_of("::".join(self._random.choice(OPS)))
+
+    def _call_of(self, name: str) -> tuple[str, list[Any], dict[str, Any]]:
+        arguments: list[Any] = []
+        named: dict[str, Any] = {}
         for argument in torch._C._get_schema(name, "").arguments:
             value = self._value(str(argument.type), argument.name)
             if argument.kwarg_only:
@@ -87,6 +105,8 @@ class Arguments:
         if kind.startswith("Optional"):
             return choose((None, self._value(kind[len("Optional[") : -1], name)))
         if kind == "Tensor":
+            if name in HANDLES:
+                return self._handle(HANDLES[name])
             if name == "seed" and self._random.random() < 0.8:
                 return choose((torch.tensor([1, 2]), torch.tensor([1]), torch.tensor([1.0, 2.0])))
             if name == "num_batches_tracked":
@@ -97,6 +117,15 @@ class Arguments:
             lengths = (0, 1, 3, 3, 7, 9, 11) if inner == "bool" else (0, 1, 1, 2, 2, 3, 9)
             return [self._value(inner, name) for _ in range(choose(lengths))]
         return choose({"bool": (True, False), "float": FLOATS, "int": INTS, "str": WORDS}[kind])
+
+    def _handle(self, op: str) -> Tensor:
+        """A handle, a copy of its bytes, which is none, or any tensor."""
+        try:
+            _, arguments, _ = self._call_of(f"{schemas.KERNELS}::{op}")
+            handle = getattr(torch.ops.fused_mlp_kernels, op).default(*arguments)
+        except EXPECTED:
+            return self._tensor()
+        return self._random.choice((handle, handle, handle.clone(), handle[1:], handle[:-1]))
 
     def _tensor(self) -> Tensor:
         if self._random.random() < self._right:
@@ -130,7 +159,8 @@ def main() -> None:
     torch.set_num_threads(1)
     returned = 0
     for number in range(options.cases) if options.only is None else (options.only,):
-        name, arguments, named = Arguments(options.seed, number).call()
+        source = random.Random((options.seed << 32) + number)
+        name, arguments, named = Arguments(source, number).call()
         print(number, name, flush=True)
         if options.only is not None:
             print("\n".join([*map(describe, arguments), repr(named)]), flush=True)
