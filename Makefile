@@ -23,8 +23,8 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 NAME := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 READY := $(VENV)/.ready-$(NAME)$(if $(LOCKED),-locked)
 
-.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz fuzz-bytes mutants soak reliability asan ubsan tsan \
-  lock wheels sbom gpu-check clean distclean help
+.PHONY: demo test bench docs-benchmarks lint format examples abi-check fuzz fuzz-bytes mutants soak \
+  reliability asan ubsan tsan barriers lock wheels sbom install-matrix gpu-check clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -42,8 +42,10 @@ help:
 	@echo 'make soak       a million small steps: does anything grow'
 	@echo 'make reliability  measure the tables of docs/reliability.md again'
 	@echo 'make asan       run the tests over a CPU library built with a sanitizer (also ubsan, tsan)'
+	@echo 'make barriers   delete each barrier of the CUDA kernels in turn: does a test notice?'
 	@echo 'make wheels     build the source archive and the wheel of a release into dist/'
 	@echo 'make sbom       list what an installation of the wheel brings, as CycloneDX, into dist/'
+	@echo 'make install-matrix  install in every way, with and without each tool'
 	@echo 'make lock       rewrite the lock files of CI'
 	@echo 'make clean      remove what was built; make distclean removes .venv as well'
 
@@ -87,9 +89,15 @@ wheels: $(VENV)/.release
 sbom: $(VENV)/.release
 	$(RUN) scripts/sbom.py
 
+install-matrix: $(READY)
+	$(RUN) scripts/install_matrix.py
+
 lock: $(RUN)
 	$(PIP) install --quiet uv
 	$(RUN) scripts/lock.py '$(TORCH)'
+
+barriers: $(READY)
+	$(RUN) scripts/barriers.py
 
 fuzz: $(READY)
 	FUSED_MLP_FUZZ=$(FUZZ) $(RUN) -m pytest -m fuzz $(PYTEST)
