@@ -50,7 +50,7 @@ SECTIONS = {
     "net-128-train": Section([*_nets(1), "--mode", "train", *_ALL], 120),
     "net-784": Section([*_nets(2), *_ALL], 90),
     "net-1024": Section([*_nets(3), *_ALL], 110),
-    "ops": Section(["--docs", "--ops", "--seconds", "0.7"], 120),
+    "ops": Section(["--docs", "--ops", "--seconds", "0.5"], 170),
     "bfloat16": Section([*_nets(1, 2, 3), "--docs", "--ops", *_BFLOAT16], 150),
     "one-thread": Section([*_nets(0, 1, 2, 3), "--threads", "1", *_EAGER], 90),
     "avx2": Section([*_nets(0, 1, 2, 3), *_EAGER], 80, {"FUSED_MLP_CPU_ISA": "avx2"}),
