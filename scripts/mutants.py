@@ -5,7 +5,8 @@
 
 Works on a copy of the tree under build/mutants: each mutant changes one place there by one rule
 (``OPERATORS``), builds what that needs (one file of the CPU library, for one instruction set) and
-runs the tests of the op it lies in, until one fails. Prints a line a mutant, then those that
+runs the tests of the op it lies in, until one fails. One that does not compile, or to the same
+machine code, does not count. Prints a line a mutant, then those that
 survived; ``--output`` keeps all of it as JSON. A run of two hours on two cores.
 """
 
@@ -32,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "mutants"
 LEVEL = "avx2"  # of the instruction sets, the one whose kernels are mutated; it runs every path
+KEPT = (".baseline", ".o")  # what the library has besides, built once and never mutated
 JOBS = 2
 SECONDS = 600  # for the tests of one mutant: a loop without end is noticed as well
 MEMORY = 12 << 30
@@ -90,6 +92,7 @@ class Group:
 
 
 OPS = ("normalize", "linear_relu", "batch_norm_leaky_relu", "research_net")
+ACTIVATIONS = ("linear_act", "batch_norm_act")
 GROUPS = {
     "reference": Group(
         ("fused_mlp/reference.py", "fused_mlp/dropout.py"), 26, {"FUSED_MLP_BACKEND": "reference"}
@@ -198,7 +201,7 @@ def choose(groups: list[str], count: int, seed: int) -> list[Mutant]:
 def tests_for(mutant: Mutant) -> list[str]:
     """Return the test files that ought to notice, the likeliest first."""
     name = Path(mutant.file).stem + " " + mutant.scope
-    order = [op for op in OPS if op in name]
+    order = [op for op in (*OPS, *ACTIVATIONS) if op in name]
     if "dropout" in name or "philox" in name or "keep_mask" in name or "mask" in mutant.scope:
         order.insert(0, "dropout")
     if "moments" in name:
@@ -212,7 +215,7 @@ def tests_for(mutant: Mutant) -> list[str]:
     else:
         order += ["linear_relu", "batch_norm_leaky_relu", "research_net", "normalize"]
         order += ["prepared"] if mutant.group == "cpu" else []
-        order += ["dropout"]
+        order += ["dropout", *ACTIVATIONS]
     return [f"tests/test_{op}.py" for op in dict.fromkeys(order)]
 
 
@@ -228,7 +231,7 @@ class Library:
         self._fingerprint = fingerprint
         plan = make_plan("cpu", COPY / "csrc", COPY / "build" / "mutants")
         # Baseline objects are the fallback that isa.cpp names: built once and never mutated.
-        self._units = [u for u in plan.units if ".avx512." not in u.output.name]
+        self._units = [u for u in plan.units if u.output.suffixes[0] in (f".{LEVEL}", *KEPT)]
         self._mutated = {u.output for u in self._units if f".{LEVEL}." in u.output.name}
         dropped = {str(u.output) for u in plan.units if u not in self._units}
         self._link = [word for word in plan.link if word not in dropped]
@@ -255,6 +258,10 @@ class Library:
         (COPY / "fused_mlp" / "_C_cpu.json").write_text(json.dumps(facts))
         return True
 
+    def is_unchanged(self) -> bool:
+        """Return whether the last build gave the machine code of before: no mutant at all."""
+        return all(output.read_bytes() == content for output, content in self._kept.items())
+
     def restore(self) -> None:
         """Put the objects back that the last build replaced; call it after the source is back."""
         for output, content in self._kept.items():
@@ -263,7 +270,8 @@ class Library:
     def _compile(self, unit: Any) -> bool:
         unit.output.parent.mkdir(parents=True, exist_ok=True)
         words = ["-O1" if word == "-O3" else word for word in unit.command]
-        words = [word for word in words if word != "-DFUSED_MLP_HAS_AVX512"]
+        has = "-DFUSED_MLP_HAS_"
+        words = [word for word in words if not word.startswith(has) or word == has + LEVEL.upper()]
         return subprocess.run(words, capture_output=True).returncode == 0
 
     def _stale(self, unit: Any) -> bool:
@@ -319,6 +327,8 @@ def try_mutant(mutant: Mutant, library: Library | None) -> tuple[str, str]:
     try:
         if mutant.group == "cpu" and not (library and library.build()):
             return "invalid", "does not compile"
+        if mutant.group == "cpu" and library and library.is_unchanged():
+            return "invalid", "the same machine code"
         return run_tests(mutant)
     finally:
         path.write_text(original)

@@ -155,6 +155,15 @@ def test_layouts(device: torch.device, dtype: torch.dtype, layout: str) -> None:
     )
 
 
+def test_bias_before_a_batch_norm_of_equal_weights(device: torch.device) -> None:
+    """Its gradient is 0 by nature: what is left is rounding, of the float64 oracle as well."""
+    widths = (37, 4, 4, 20, 4, 46)
+    case = research_case(17, widths, True, dtype=torch.float64, device=device)
+    for name in ("biases[2]", "bn_weight"):
+        case.tensors[name] = lay_out(case.tensors[name], "expanded")
+    check_case(case)
+
+
 def test_large_offset(device: torch.device) -> None:
     """The statistics survive hidden values far from zero."""
     case = research_case(65, (4, 16, 8, 3), True, device=device, eps=1e-12)
