@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fused_mlp import activations
+
 from .compiled import CHIPS, Kernel, collect
 from .gpu_table import Line
 
@@ -46,6 +48,7 @@ def cases() -> list[Case]:
             _case("normalize", "65536x64, rows", dtype, _normalize(65536, 64, [1])),
             _case("batch_norm_leaky_relu", "65536x32, training", dtype, _batch_norm(True)),
             _case("batch_norm_leaky_relu", "65536x32, eval", dtype, _batch_norm(False)),
+            _case("batch_norm_act", "65536x32, ReLU, dropout", dtype, _batch_norm_act()),
         ]
     for dtype, precision in ((FP32, "highest"), (FP32, "high"), (BF16, "highest")):
         products = dtype != FP32 or precision == "high"
@@ -53,6 +56,8 @@ def cases() -> list[Case]:
             shape = "x".join(map(str, sizes))
             run = _linear_relu(*sizes, dtype)
             found.append(Case("linear_relu", shape, dtype, precision, run, products))
+            run = _linear_act(*sizes, dtype)
+            found.append(Case("linear_act", f"{shape}, GELU", dtype, precision, run, products))
         found += [
             network(widths, dtype, precision, products)
             for widths in ((10, 64, 32, 5), (128, 128, 128, 10), (1024, 128, 64, 1024))
@@ -134,6 +139,36 @@ def _batch_norm(training: bool) -> Callable[[torch.dtype], object]:
         kernels.batch_norm_leaky_relu_backward(
             y, x, weight, bias, saved_mean, rstd, training, 0.01, [True] * 3
         )
+
+    return run
+
+
+def _batch_norm_act() -> Callable[[torch.dtype], object]:
+    def run(dtype: torch.dtype) -> None:
+        from fused_mlp.kernels import batch_norm_act as kernels
+
+        x, seed = torch.empty(65536, 32, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+        weight, bias = torch.empty(2, 32, dtype=dtype).unbind()
+        behind = activations.RELU, 0.0, 0.3, seed
+        y, mean, rstd = kernels.batch_norm_act(
+            x, None, None, None, weight, bias, True, 0.1, 1e-5, *behind
+        )
+        kernels.batch_norm_act_backward(
+            y, x, weight, bias, mean, rstd, True, *behind, [True] * 3
+        )  # fmt: skip
+
+    return run
+
+
+def _linear_act(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Callable[[], object]:
+    def run() -> None:
+        from fused_mlp.kernels import linear_act as kernels
+
+        x, seed = torch.empty(rows, inputs, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+        weight, bias = torch.empty(outputs, inputs, dtype=dtype), torch.empty(outputs, dtype=dtype)
+        behind = activations.GELU, 0.0, 0.3, seed
+        y, kept = kernels.linear_act(x, weight, bias, *behind, True)
+        kernels.linear_act_backward(y, x, weight, kept, *behind, [True] * 3)
 
     return run
 

@@ -1,14 +1,17 @@
 """BatchNorm1d and LeakyReLU in one, and its gradient, for (N, C) and (N, C, L).
 
+The kernels of batch_norm_act as well: another activation, or none, and dropout behind it.
+
 Training forward: moments of row parts, then every program merges the parts of its channels, writes
 its share of the output, and the first part's programs update the running statistics. Evaluation is
-one pass. Backward sums the gradient behind the LeakyReLU (its gate recomputed from the input), then
-writes the input's gradient; channels that one program can walk alone take a single launch.
+one pass. Backward sums the gradient in front of the LeakyReLU (its gate recomputed from the input),
+then writes the input's gradient; channels that one program can walk alone take a single launch.
 """
 
 import triton
 import triton.language as tl
 
+from .activations import LEAKY_RELU, activate, activation_gradient
 from .launch import (
     accumulator,
     cast,
@@ -29,6 +32,7 @@ from .moments import (
     store_tile,
     tile_rows,
 )
+from .philox import drop_threshold, dropout, keep, keep_scale, numbers_at
 from .views import as_matrices, plan
 
 # Where a program takes the statistics from. ALONE: it owns its channels and computes them itself;
@@ -78,18 +82,34 @@ def reciprocal_std(var, eps, ACC: tl.constexpr):
 
 
 @triton.jit
-def leaky_relu(u, slope):
-    """u where it is positive, else u * slope; NaN stays NaN."""
-    return tl.where(u > 0, u, u * slope)
+def _drop(
+    x, seed_ptr, threshold, scale, o, inner, k, K, L, length, FLAT: tl.constexpr
+):  # fmt: skip
+    """Dropout of a tile [reduced, kept] of (N, K), which is FLAT, or of (N, K, length)."""
+    row = o * L + inner
+    if seed_ptr is None:
+        return x
+    elif FLAT and k.shape[0] >= 8:
+        column0 = tl.program_id(0) * k.shape[0]
+        return dropout(x, seed_ptr, row, column0, 0, threshold, scale, k.shape[0])
+    elif FLAT:
+        zero = tl.zeros(x.shape, tl.int64)
+        number = numbers_at(seed_ptr, zero + row[:, None], zero + k[None, :], 0)
+        return keep(x, number, threshold, scale)
+    else:
+        column = tl.zeros(x.shape, tl.int64) + (row % length)[:, None]
+        number = numbers_at(seed_ptr, (row // length)[:, None] * K + k[None, :], column, 0)
+        return keep(x, number, threshold, scale)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "threshold", "length"])
 def batch_norm_leaky_relu_kernel(
     x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
     running_mean_ptr, running_var_ptr, tracked_ptr, running_mean_stride, running_var_stride,
     part_ptr, K, O, L, x_stride_k, x_stride_o, x_stride_l, y_stride_k, y_stride_o, y_stride_l,
     tiles_l, tiles, per_part, parts, momentum: tl.float64, eps: tl.float64, slope: tl.float64,
-    STATISTICS: tl.constexpr,
+    seed_ptr, threshold, scale: tl.float64, length, STATISTICS: tl.constexpr,
+    ACTIVATION: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_L: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Output of one part of a block of channels. Grid: (blocks of channels, parts)."""
@@ -100,6 +120,7 @@ def batch_norm_leaky_relu_kernel(
     first = part * per_part
     last = tl.minimum(first + per_part, tiles)
     slope = scalar(slope, ACC)
+    scale = scalar(scale, ACC)
     if STATISTICS == RUNNING:
         mean = tl.load(running_mean_ptr + k * running_mean_stride, mask=in_k, other=0.0).to(ACC)
         var = tl.load(running_var_ptr + k * running_var_stride, mask=in_k, other=1.0).to(ACC)
@@ -132,23 +153,25 @@ def batch_norm_leaky_relu_kernel(
         o, inner, valid = tile_rows(tile, tiles_l, O, L, BLOCK_O, BLOCK_L)
         x = load_tile(x_ptr, o, inner, valid, k, in_k, x_stride_k, x_stride_o, x_stride_l, ACC)
         u = (x - mean[None, :]) * rstd[None, :] * weight[None, :] + bias[None, :]
-        y = leaky_relu(u, slope)
+        y = activate(u, slope, ACTIVATION)
+        y = _drop(y, seed_ptr, threshold, scale, o, inner, k, K, L, length, FLAT)
         store_tile(y_ptr, y, o, inner, valid, k, in_k, y_stride_k, y_stride_o, y_stride_l)
 
 
 @triton.jit
-def _gated(g, x, mean, rstd, weight, bias, slope):
-    """The gradient behind the LeakyReLU, and the normalized input."""
+def _gated(g, x, mean, rstd, weight, bias, slope, ACTIVATION: tl.constexpr):
+    """The gradient in front of the activation, and the normalized input."""
     normalized = (x - mean[None, :]) * rstd[None, :]
     u = normalized * weight[None, :] + bias[None, :]
-    return tl.where(u > 0, g, g * slope), normalized
+    return activation_gradient(g, u, slope, ACTIVATION), normalized
 
 
 @triton.jit
 def _grad_sums(
-    g_ptr, x_ptr, dx_ptr, mean, rstd, weight, bias, slope, k, in_k, O, L,
-    g_stride_k, g_stride_o, g_stride_l, x_stride_k, x_stride_o, x_stride_l,
+    g_ptr, x_ptr, dx_ptr, mean, rstd, weight, bias, slope, seed_ptr, threshold, scale, length,
+    k, in_k, K, O, L, g_stride_k, g_stride_o, g_stride_l, x_stride_k, x_stride_o, x_stride_l,
     dx_stride_k, dx_stride_o, dx_stride_l, tiles_l, first, last, WRITE: tl.constexpr,
+    ACTIVATION: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_L: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums over tiles of du and du * normalized, each [kept].
@@ -161,7 +184,8 @@ def _grad_sums(
         o, inner, valid = tile_rows(tile, tiles_l, O, L, BLOCK_O, BLOCK_L)
         g = load_tile(g_ptr, o, inner, valid, k, in_k, g_stride_k, g_stride_o, g_stride_l, ACC)
         x = load_tile(x_ptr, o, inner, valid, k, in_k, x_stride_k, x_stride_o, x_stride_l, ACC)
-        du, normalized = _gated(g, x, mean, rstd, weight, bias, slope)
+        g = _drop(g, seed_ptr, threshold, scale, o, inner, k, K, L, length, FLAT)
+        du, normalized = _gated(g, x, mean, rstd, weight, bias, slope, ACTIVATION)
         sum_b += du
         # Beyond the last row g is 0, but 0 * normalized need not be: rstd may be infinite.
         sum_w += tl.where(valid[:, None], du * normalized, 0.0)
@@ -171,12 +195,13 @@ def _grad_sums(
     return tl.sum(sum_b, 0), tl.sum(sum_w, 0)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "threshold", "length"])
 def batch_norm_leaky_relu_grad_sums_kernel(
     g_ptr, x_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, part_ptr, K, O, L,
     g_stride_k, g_stride_o, g_stride_l, x_stride_k, x_stride_o, x_stride_l,
     dx_stride_k, dx_stride_o, dx_stride_l, tiles_l, tiles, per_part, parts, slope: tl.float64,
-    WRITE: tl.constexpr,
+    seed_ptr, threshold, scale: tl.float64, length, WRITE: tl.constexpr,
+    ACTIVATION: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_L: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The sums of every part. Grid: (blocks of channels, parts)."""
@@ -187,21 +212,24 @@ def batch_norm_leaky_relu_grad_sums_kernel(
     sum_b, sum_w = _grad_sums(
         g_ptr, x_ptr, dx_ptr, tl.load(mean_ptr + k, mask=in_k, other=0.0),
         tl.load(rstd_ptr + k, mask=in_k, other=0.0), load_vector(weight_ptr, k, in_k, 1.0, ACC),
-        load_vector(bias_ptr, k, in_k, 0.0, ACC), scalar(slope, ACC), k, in_k, O, L,
+        load_vector(bias_ptr, k, in_k, 0.0, ACC), scalar(slope, ACC), seed_ptr, threshold,
+        scalar(scale, ACC), length, k, in_k, K, O, L,
         g_stride_k, g_stride_o, g_stride_l, x_stride_k, x_stride_o, x_stride_l,
         dx_stride_k, dx_stride_o, dx_stride_l, tiles_l, first,
-        tl.minimum(first + per_part, tiles), WRITE, BLOCK_K, BLOCK_O, BLOCK_L, ACC,
+        tl.minimum(first + per_part, tiles), WRITE, ACTIVATION, FLAT, BLOCK_K, BLOCK_O, BLOCK_L,
+        ACC,
     )  # fmt: skip
     store_sum(part_ptr, sum_b, 0, part, parts, k, in_k, K)
     store_sum(part_ptr, sum_w, 1, part, parts, k, in_k, K)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "threshold", "length"])
 def batch_norm_leaky_relu_grad_kernel(
     g_ptr, x_ptr, dx_ptr, dweight_ptr, dbias_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
     part_ptr, K, O, L, g_stride_k, g_stride_o, g_stride_l, x_stride_k, x_stride_o, x_stride_l,
     dx_stride_k, dx_stride_o, dx_stride_l, tiles_l, tiles, per_part, parts, count: tl.float64,
-    slope: tl.float64, SUMS: tl.constexpr, WRITE: tl.constexpr, TRAINING: tl.constexpr,
+    slope: tl.float64, seed_ptr, threshold, scale: tl.float64, length, SUMS: tl.constexpr,
+    WRITE: tl.constexpr, TRAINING: tl.constexpr, ACTIVATION: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_L: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one part of a block of channels. Grid: (blocks of channels, parts).
@@ -217,6 +245,7 @@ def batch_norm_leaky_relu_grad_kernel(
     weight = load_vector(weight_ptr, k, in_k, 1.0, ACC)
     bias = load_vector(bias_ptr, k, in_k, 0.0, ACC)
     slope = scalar(slope, ACC)
+    scale = scalar(scale, ACC)
     first = part * per_part
     last = tl.minimum(first + per_part, tiles)
     WRITE_ALONE: tl.constexpr = WRITE and SUMS == ALONE and not TRAINING
@@ -225,10 +254,11 @@ def batch_norm_leaky_relu_grad_kernel(
         sum_w = sum_b
     elif SUMS == ALONE:
         sum_b, sum_w = _grad_sums(
-            g_ptr, x_ptr, dx_ptr, mean, rstd, weight, bias, slope, k, in_k, O, L,
+            g_ptr, x_ptr, dx_ptr, mean, rstd, weight, bias, slope, seed_ptr, threshold, scale,
+            length, k, in_k, K, O, L,
             g_stride_k, g_stride_o, g_stride_l, x_stride_k, x_stride_o, x_stride_l,
             dx_stride_k, dx_stride_o, dx_stride_l, tiles_l, first, last, WRITE_ALONE,
-            BLOCK_K, BLOCK_O, BLOCK_L, ACC,
+            ACTIVATION, FLAT, BLOCK_K, BLOCK_O, BLOCK_L, ACC,
         )  # fmt: skip
     else:
         sum_b = merge_sums(part_ptr, 0, parts, k, in_k, K, SUMS, ACC)
@@ -247,7 +277,8 @@ def batch_norm_leaky_relu_grad_kernel(
             o, inner, valid = tile_rows(tile, tiles_l, O, L, BLOCK_O, BLOCK_L)
             g = load_tile(g_ptr, o, inner, valid, k, in_k, g_stride_k, g_stride_o, g_stride_l, ACC)
             x = load_tile(x_ptr, o, inner, valid, k, in_k, x_stride_k, x_stride_o, x_stride_l, ACC)
-            du, normalized = _gated(g, x, mean, rstd, weight, bias, slope)
+            g = _drop(g, seed_ptr, threshold, scale, o, inner, k, K, L, length, FLAT)
+            du, normalized = _gated(g, x, mean, rstd, weight, bias, slope, ACTIVATION)
             if TRAINING:
                 du = du - mean_b[None, :] - normalized * mean_w[None, :]
             dx = du * factor[None, :]
@@ -304,6 +335,17 @@ def batch_norm_leaky_relu(
     training, momentum, eps, negative_slope,
 ):  # fmt: skip
     """Return (output, mean, rstd) and, in training, update the running statistics in place."""
+    return forward(
+        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+        eps, LEAKY_RELU.value, negative_slope, 0.0, None,
+    )  # fmt: skip
+
+
+def forward(
+    input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
+    activation, negative_slope, dropout_p, seed,
+):  # fmt: skip
+    """As batch_norm_leaky_relu, for any activation and with dropout."""
     if input.numel() == 0:
         return _without_values(input, running_mean, running_var, num_batches_tracked, training, eps)
     output = input.new_empty(input.shape)
@@ -326,15 +368,37 @@ def batch_norm_leaky_relu(
             input, output, mean, rstd, _contiguous(weight), _contiguous(bias),
             running_mean, running_var, num_batches_tracked, _stride(running_mean),
             _stride(running_var), part, *problem.sizes, *problem.strides[0], *problem.strides[1],
-            *problem.cut, momentum, eps, negative_slope, STATISTICS=statistics, **problem.blocks,
+            *problem.cut, momentum, eps, negative_slope, *_dropout(input, dropout_p, seed),
+            STATISTICS=statistics, **_behind(input, activation), **problem.blocks,
         )  # fmt: skip
     return output, mean, rstd
+
+
+def _dropout(input, p, seed):
+    """Kernel arguments: seed, threshold and scale, and the length of the last of 3 dimensions."""
+    seed = None if seed is None or p == 0 else seed.contiguous()
+    return seed, drop_threshold(p), keep_scale(p), input.shape[-1]
+
+
+def _behind(input, activation):
+    return {"ACTIVATION": activation, "FLAT": input.dim() == 2}
 
 
 def batch_norm_leaky_relu_backward(
     grad_output, input, weight, bias, mean, rstd, training, negative_slope, output_mask
 ):
     """Return the gradients of input, weight and bias that ``output_mask`` asks for."""
+    return backward(
+        grad_output, input, weight, bias, mean, rstd, training, LEAKY_RELU.value, negative_slope,
+        0.0, None, output_mask,
+    )  # fmt: skip
+
+
+def backward(
+    grad_output, input, weight, bias, mean, rstd, training, activation, negative_slope, dropout_p,
+    seed, output_mask,
+):  # fmt: skip
+    """As batch_norm_leaky_relu_backward, for any activation and with dropout."""
     want_x, want_w, want_b = output_mask
     channels = input.shape[1]
     dx = input.new_empty(input.shape) if want_x else None
@@ -358,6 +422,7 @@ def batch_norm_leaky_relu_backward(
         return []
     sums = RUNNING.value if not need_sums else p.parts_padded if p.parts > 1 else ALONE.value
     grid, write, part, blocks = p.grid, want_x, None, dict(problem.blocks)
+    drop, behind = _dropout(input, dropout_p, seed), _behind(input, activation)
     with on_device(input):
         if sums > 0:
             part = input.new_empty(2 * p.parts * channels, dtype=acc)
@@ -365,8 +430,8 @@ def batch_norm_leaky_relu_backward(
             # One program for each block of channels and part of the rows.
             batch_norm_leaky_relu_grad_sums_kernel[p.grid](
                 grad_output, input, dx, mean, rstd, weight, bias, part, *problem.sizes,
-                *g_strides, *x_strides, *dx_strides, *problem.cut, negative_slope,
-                WRITE=in_first, **problem.blocks,
+                *g_strides, *x_strides, *dx_strides, *problem.cut, negative_slope, *drop,
+                WRITE=in_first, **behind, **problem.blocks,
             )  # fmt: skip
             write = want_x and training
             if not write:
@@ -377,6 +442,6 @@ def batch_norm_leaky_relu_backward(
         batch_norm_leaky_relu_grad_kernel[grid](
             grad_output, input, dx, dw, db, mean, rstd, weight, bias, part, *problem.sizes,
             *g_strides, *x_strides, *dx_strides, *problem.cut, float(problem.count),
-            negative_slope, SUMS=sums, WRITE=write, TRAINING=training, **blocks,
+            negative_slope, *drop, SUMS=sums, WRITE=write, TRAINING=training, **behind, **blocks,
         )  # fmt: skip
     return wanted

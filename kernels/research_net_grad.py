@@ -9,7 +9,8 @@ for the dimensions.
 import triton
 import triton.language as tl
 
-from .batch_norm_leaky_relu import leaky_relu, load_vector
+from .activations import LEAKY_RELU, RELU, activate, activation_gradient
+from .batch_norm_leaky_relu import load_vector
 from .launch import cast, scalar
 from .matmul import multiply, take_columns
 from .merge import padded
@@ -128,7 +129,7 @@ def research_net_grad_kernel(
         beta = load_vector(beta_ptr, h, in_h & (here + 0 * h < last), 0.0, ACC)
         normalized = (z - mean[None, :]) * rstd[None, :]
         u = normalized * gamma[None, :] + beta[None, :]
-        a = cast(leaky_relu(u, slope), w3_ptr.dtype.element_ty)
+        a = cast(activate(u, slope, LEAKY_RELU), w3_ptr.dtype.element_ty)
         da = tl.zeros([BLOCK_M, BLOCK_H], ACC)
         for at in range(0, OUT, BLOCK_OUT):
             g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
@@ -147,7 +148,7 @@ def research_net_grad_kernel(
                 dw = multiply(tl.trans(g), a, tl.zeros([BLOCK_OUT, BLOCK_H], ACC), PRECISION)
                 add_weight(row_ptr + at_w3, dw, at, OUT, 0, H, fresh)
                 add_vector(row_ptr + at_b3, tl.sum(g.to(ACC), 0), at, OUT, fresh)
-        du = tl.where(u > 0, da, da * slope)
+        du = activation_gradient(da, u, slope, LEAKY_RELU)
         if LAST:
             sum_beta = tl.sum(du, 0)
             # Beyond the last row du is 0, but the rows computed there may hold infinities.
@@ -177,7 +178,7 @@ def research_net_grad_kernel(
                     dz = middle_grad(
                         operand, a1, w2_ptr, row_ptr + at_w2, H, F, dz, fresh, DEPTH, PRECISION
                     )
-                dz = tl.where(a1 <= 0, 0.0, dz * scale)
+                dz = activation_gradient(dz * scale, a1, 0.0, RELU)
                 operand = cast(dz, x_ptr.dtype.element_ty)
             if RESIDENT:
                 db1 += tl.sum(dz, 0)

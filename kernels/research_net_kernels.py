@@ -16,7 +16,8 @@ is the slice of a hidden width that a product takes at a time.
 import triton
 import triton.language as tl
 
-from .batch_norm_leaky_relu import RUNNING, leaky_relu, load_vector, reciprocal_std, update_running
+from .activations import LEAKY_RELU, RELU, activate
+from .batch_norm_leaky_relu import RUNNING, load_vector, reciprocal_std, update_running
 from .launch import cast, divide, scalar
 from .matmul import multiply, take_columns
 from .moments import merge_parts, store_part
@@ -83,7 +84,7 @@ def before_norm(
         )  # fmt: skip
     z += b1[None, :]
     if TWO:
-        z = tl.where(z <= 0, 0.0, z)
+        z = activate(z, 0.0, RELU)
         if seed_ptr is not None:
             z = dropout(z, seed_ptr, m, 0, 0, threshold, scale, BLOCK_F)
         a = cast(z, w2_ptr.dtype.element_ty)
@@ -210,7 +211,7 @@ def research_net_kernel(
             RESIDENT, PRECISION, ACC,
         )  # fmt: skip
         u = (z - mean[None, :]) * rstd[None, :] * gamma[None, :] + beta[None, :]
-        a = cast(leaky_relu(u, slope), w3_ptr.dtype.element_ty)
+        a = cast(activate(u, slope, LEAKY_RELU), w3_ptr.dtype.element_ty)
         for at in range(0, OUT, BLOCK_OUT):
             y = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
             if RESIDENT:

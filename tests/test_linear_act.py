@@ -170,6 +170,14 @@ def test_the_numbers_of_the_activations_are_those_of_the_kernels() -> None:
     assert [*activations.TABLE] == [*range(7)]
 
 
+def test_triton_counts_the_activations_alike() -> None:
+    pytest.importorskip("triton")
+    from fused_mlp.kernels import activations as theirs
+
+    names = ("NONE", "RELU", "LEAKY_RELU", "GELU", "GELU_TANH", "SILU", "TANH")
+    assert [getattr(theirs, name).value for name in names] == [*range(7)]
+
+
 @given(
     batch=st.lists(st.integers(0, 9), max_size=3),
     in_features=st.integers(0, 40),

@@ -30,6 +30,8 @@ FILES = (
             "test_normalize.py",
             "test_linear_relu.py",
             "test_batch_norm_leaky_relu.py",
+            "test_linear_act.py",
+            "test_batch_norm_act.py",
             "test_autograd.py",
         )
     ),

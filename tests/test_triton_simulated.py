@@ -14,7 +14,7 @@ import torch
 from support import INTERPRETED
 from torch import Tensor
 
-from fused_mlp import reference
+from fused_mlp import activations, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if INTERPRETED:
@@ -273,6 +273,76 @@ def test_batch_norm_traffic(cc: int, columns: int) -> None:
     assert names(records) == [op_name, f"{op_name}_grad_sums", f"{op_name}_grad"]
     assert_lean(records[:1], 2 * size)
     assert_lean(records[1:], 3 * size)
+
+
+# --------------------------------------------------------------- linear_act, batch_norm_act
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "activation",
+    [
+        activations.GELU,
+        pytest.param(activations.GELU_TANH, marks=pytest.mark.slow),
+        pytest.param(activations.SILU, marks=pytest.mark.slow),
+        pytest.param(activations.TANH, marks=pytest.mark.slow),
+    ],
+)
+def test_linear_act(cc: int, activation: int) -> None:
+    from fused_mlp.kernels import linear_act as kernels
+
+    torch.set_float32_matmul_precision("highest")
+    x, weight, bias, g = (torch.randn(s) for s in ((70, 10), (21, 10), (21,), (70, 21)))
+    behind = activation, 0.0, 0.3, torch.tensor(SEED)
+    keep = activations.kept(activation, 0.0) == activations.INPUT
+
+    def run(module: object, cast: Callable[[object], object]) -> list[Tensor]:
+        arguments = [cast(t) for t in (x, weight, bias)]
+        outputs = module.linear_act(*arguments, *behind, keep)  # type: ignore[attr-defined]
+        gradients = module.linear_act_backward(  # type: ignore[attr-defined]
+            cast(g), *arguments[:2], outputs[-1], *behind, [True] * 3
+        )
+        return [*outputs, *gradients]
+
+    check(cc, lambda: run(kernels, lambda t: t), run(reference, double), 2e-6)
+
+
+def batch_norm_act_op(x: Tensor, g: Tensor) -> tuple[Op, list[Tensor]]:
+    from fused_mlp.kernels import batch_norm_act as kernels
+
+    weight, bias = (torch.rand(2, x.shape[1]) + 0.5).unbind()
+    behind = activations.RELU, 0.0, 0.3, torch.tensor(SEED)
+
+    def run(module: object, cast: Callable[[object], object]) -> list[Tensor]:
+        arguments = [cast(t) for t in (x, weight, bias)]
+        y, mean, rstd = module.batch_norm_act(  # type: ignore[attr-defined]
+            arguments[0], None, None, None, *arguments[1:], True, 0.1, 1e-5, *behind
+        )
+        gradients = module.batch_norm_act_backward(  # type: ignore[attr-defined]
+            cast(g), *arguments, mean, rstd, True, *behind, [True] * 3
+        )
+        return [y, mean, rstd, *gradients]
+
+    return lambda: run(kernels, lambda t: t), run(reference, double)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(70, 20), (20, 6, 7)])
+def test_batch_norm_act(cc: int, shape: tuple[int, ...]) -> None:
+    """The mask of a batch norm's dropout by channels, and by positions in a signal."""
+    op, expected = batch_norm_act_op(*torch.randn(2, *shape).unbind())
+    check(cc, op, expected, 2e-6)
+
+
+@BOTH
+def test_batch_norm_act_traffic(cc: int) -> None:
+    """Dropout moves nothing more: its mask is computed again in backward."""
+    x, g = torch.randn(2, 4096, 32).unbind()
+    size = x.numel() * x.element_size()
+    op, _ = batch_norm_act_op(x, g)
+    _, records = simulate(cc, op)
+    assert_lean(records[:2], 3 * size)
+    assert_lean(records[2:], 5 * size)
 
 
 # --------------------------------------------------------------------------- research_net
