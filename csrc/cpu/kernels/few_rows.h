@@ -21,7 +21,7 @@ FUSED_MLP_INLINE void add_few_rows(const S* weight, int64_t in, int64_t features
   int64_t k = 0;
   for (; k + kWidth <= in && features >= kVectors * kWidth; k += kWidth) {
     for (int v = 0; v < kVectors; ++v) {
-      load_transposed(weight + v * kWidth * in + k, in, square);
+      load_square_transposed(weight + v * kWidth * in + k, in, square);
 #pragma GCC unroll 16
       for (int j = 0; j < kWidth; ++j) {
         for (int row = 0; row < kRows; ++row) z[v][row] += splat<T>(rows[row][k + j]) * square[j];
@@ -31,8 +31,8 @@ FUSED_MLP_INLINE void add_few_rows(const S* weight, int64_t in, int64_t features
   for (; k < in; k += kWidth) {
     const int64_t columns = smaller(kWidth, in - k);
     for (int v = 0; v < kVectors; ++v) {
-      load_transposed(weight + v * kWidth * in + k, in, features - v * kWidth,
-                      static_cast<int>(columns), square);
+      load_corner_transposed(weight + v * kWidth * in + k, in, features - v * kWidth,
+                             static_cast<int>(columns), square);
       for (int64_t j = 0; j < columns; ++j) {
         for (int row = 0; row < kRows; ++row) z[v][row] += splat<T>(rows[row][k + j]) * square[j];
       }

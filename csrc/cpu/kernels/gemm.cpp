@@ -34,12 +34,7 @@ void pack_transposed(const S* weight, int64_t stride, int64_t rows, int64_t colu
         scale && width > 0 ? load_up_to(scale + first, static_cast<int>(width)) : splat(T(1));
     for_vectors<T>(rows, [&](int64_t k, int depth) {
       Vec<T> square[kWidth];
-      const S* from = weight + first * stride + k;
-      if (width == kWidth && depth == kWidth) {
-        load_transposed(from, stride, square);
-      } else {
-        load_transposed(from, stride, width, depth, square);
-      }
+      load_transposed(weight + first * stride + k, stride, width, depth, square);
       for (int i = 0; i < depth; ++i) store_raw(panel + (k + i) * kPanel<T>, square[i] * factor);
     });
   }

@@ -21,29 +21,24 @@ void read_transposed(const S* rows, int64_t stride, int64_t count, int64_t colum
     const int64_t height = smaller(kLanes<T>, count - row);
     for_vectors<T>(columns, [&](int64_t c, int width) {
       Vec<T> square[kLanes<T>];
-      for (int i = 0; i < kLanes<T>; ++i) {
-        square[i] = i < height ? load_up_to(rows + (row + i) * stride + c, width) : Vec<T>{};
-      }
-      transpose<T>(square);
+      load_transposed(rows + row * stride + c, stride, height, width, square);
       for (int i = 0; i < width; ++i) store_raw(panel + (c + i) * kPanel<T> + row, square[i]);
     });
   }
 }
 
-// The first `count` lanes of a panel into rows[count, columns].
+// The first `count` lanes of a panel into rows[count, columns], `stride` elements apart.
 template <class S>
-void write_transposed(const Compute<S>* panel, int64_t count, int64_t columns, S* rows) {
+void write_transposed(const Compute<S>* panel, int64_t count, int64_t columns, S* rows,
+                      int64_t stride) {
   using T = Compute<S>;
   for (int64_t row = 0; row < count; row += kLanes<T>) {
     const int64_t height = smaller(kLanes<T>, count - row);
     for_vectors<T>(columns, [&](int64_t c, int width) {
       Vec<T> square[kLanes<T>];
-      for (int i = 0; i < kLanes<T>; ++i) {
-        square[i] = i < width ? load_raw(panel + (c + i) * kPanel<T> + row) : Vec<T>{};
-      }
-      transpose<T>(square);
+      load_transposed(panel + c * kPanel<T> + row, kPanel<T>, width, kLanes<T>, square);
       for (int i = 0; i < height; ++i) {
-        store_up_to(rows + (row + i) * columns + c, square[i], width);
+        store_up_to(rows + (row + i) * stride + c, square[i], width);
       }
     });
   }
@@ -53,12 +48,22 @@ void write_transposed(const Compute<S>* panel, int64_t count, int64_t columns, S
 template <class T>
 void drop_transposed(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t first_feature,
                      int64_t features, uint8_t* mask, T* panel) {
-  const T scale = static_cast<T>(dropout.scale());
+  const Vec<T> kept = splat(static_cast<T>(dropout.scale()));
   draw_mask(dropout, first_row, rows, first_feature, features, mask);
-  for (int64_t f = 0; f < features; ++f) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const bool keep = mask[row * mask_bytes(features) + f / 8] >> (f % 8) & 1;
-      panel[f * kPanel<T> + row] *= keep ? scale : T(0);
+  for (int64_t row = 0; row < rows; row += kLanes<T>) {
+    const int64_t height = smaller(kLanes<T>, rows - row);
+    for (int64_t f = 0; f < features; f += 8) {
+      alignas(64) Bits<T> of_rows[kLanes<T>] = {};
+      for (int64_t i = 0; i < height; ++i) {
+        of_rows[i] = mask[(row + i) * mask_bytes(features) + f / 8];
+      }
+      Vec<Bits<T>> bytes;
+      std::memcpy(&bytes, of_rows, sizeof(bytes));
+      for (int bit = 0; bit < smaller(8, features - f); ++bit) {
+        T* at = panel + (f + bit) * kPanel<T> + row;
+        const Vec<Bits<T>> keep = (bytes & (Bits<T>{1} << bit)) != Vec<Bits<T>>{};
+        store_raw(at, load_raw(at) * select<T>(keep, kept, Vec<T>{}));
+      }
     }
   }
 }

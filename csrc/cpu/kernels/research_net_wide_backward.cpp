@@ -1,32 +1,30 @@
 // Backward of the network layer by layer: two products a layer, with the gates and the batch norm's
 // sums done on the blocks of the result.
 
+#include "cpu/kernels/panel_walk.h"
 #include "cpu/kernels/wide.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
 // Evaluation keeps no activations: they are computed again.
-template <class S>
-void restore(Wide<S>& wide, Temporary<Compute<S>>* buffers) {
-  using T = Compute<S>;
+template <class T>
+void restore(Wide<T>& wide, Temporary<T>* buffers) {
   const ResearchNet& op = wide.op;
-  const int64_t channels = wide.shape.channels;
-  for (int l = 0; l < wide.shape.hidden; ++l) {
-    if (!op.training) Temporary<T>(op.rows * op.widths[l + 1]).swap(buffers[l]);
-    wide.hidden[l] = op.training ? wide.shape.activation(l, 0) : buffers[l].data();
-  }
   if (op.training) {
+    for (int l = 0; l < wide.shape.hidden; ++l) wide.hidden[l] = wide.shape.activation(l, 0);
     wide.z = wide.shape.z(0);
     return;
   }
-  Temporary<T>& z = buffers[wide.shape.hidden];
-  Temporary<T>(op.rows * channels).swap(z);
-  wide.z = z.data();
-  wide.run_hidden([&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
-                      int64_t stride) {
-    copy_out(block, stride, rows, columns, wide.z + row * channels + column, channels);
-  });
+  PanelWalk<T> net(op);
+  Arena arena(Scratch::kPartial, net.bytes());
+  net.take(arena);
+  for (int l = 0; l < op.layers - 1; ++l) {
+    Temporary<T>(op.rows * op.widths[l + 1]).swap(buffers[l]);
+    wide.hidden[l] = net.kept[l] = buffers[l].data();
+  }
+  wide.z = wide.hidden[wide.shape.hidden];
+  net.run(0, op.layers - 1);
 }
 
 // du, the gradient of what LeakyReLU saw, and of every block of rows the sums of du and of
@@ -61,7 +59,7 @@ void grad_of_norm(Wide<S>& wide, const S* grad_output, Compute<S>* du, double* s
       }
     });
   };
-  blocked_gemm<S>(wide.op.rows, wide.weight(wide.op.layers - 1, false), nullptr,
+  blocked_gemm<S>(wide.op.rows, wide.weight(wide.op.layers - 1), nullptr,
                   load_rows(grad_output, out), finish);
 }
 
@@ -133,7 +131,7 @@ void backward(const ResearchNetBackward& op) {
     });
     if (l == 0) {
       if (op.grad_input == nullptr) return;
-      blocked_gemm<S>(net.rows, wide.weight(l, false), nullptr, load_grad,
+      blocked_gemm<S>(net.rows, wide.weight(l), nullptr, load_grad,
                       [&](int64_t row, int64_t rows, int64_t column, int64_t columns,
                           const T* block, int64_t stride) {
                         copy_out(block, stride, rows, columns,
@@ -143,7 +141,7 @@ void backward(const ResearchNetBackward& op) {
     }
     const Dropout& dropout = net.dropout[l - 1];
     const Vec<T> scale = splat(static_cast<T>(dropout.active() ? dropout.scale() : 1.0));
-    blocked_gemm<S>(net.rows, wide.weight(l, false), nullptr, load_grad,
+    blocked_gemm<S>(net.rows, wide.weight(l), nullptr, load_grad,
                     [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
                         int64_t stride) {
                       const int64_t start = row * below + column;

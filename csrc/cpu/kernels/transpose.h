@@ -32,8 +32,9 @@ FUSED_MLP_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
 
 // square[j][i] = from[i * stride + j], i < rows, j < columns; zeros elsewhere.
 template <class S>
-FUSED_MLP_INLINE void load_transposed(const S* from, int64_t stride, int64_t rows, int columns,
-                                      Vec<Compute<S>> (&square)[kLanes<Compute<S>>]) {
+FUSED_MLP_INLINE void load_corner_transposed(const S* from, int64_t stride, int64_t rows,
+                                             int columns,
+                                             Vec<Compute<S>> (&square)[kLanes<Compute<S>>]) {
   using T = Compute<S>;
   for (int i = 0; i < kLanes<T>; ++i) {
     square[i] = i < rows ? load_up_to(from + i * stride, columns) : Vec<T>{};
@@ -43,8 +44,8 @@ FUSED_MLP_INLINE void load_transposed(const S* from, int64_t stride, int64_t row
 
 // The same of a whole square.
 template <class S>
-FUSED_MLP_INLINE void load_transposed(const S* from, int64_t stride,
-                                      Vec<Compute<S>> (&square)[kLanes<Compute<S>>]) {
+FUSED_MLP_INLINE void load_square_transposed(const S* from, int64_t stride,
+                                             Vec<Compute<S>> (&square)[kLanes<Compute<S>>]) {
 #if defined(__AVX512F__)
   // Loads of quarters put together what needs no shuffle across quarters then: half as many.
   if constexpr (std::is_same_v<S, float>) {
@@ -69,7 +70,18 @@ FUSED_MLP_INLINE void load_transposed(const S* from, int64_t stride,
     return;
   }
 #endif
-  load_transposed(from, stride, kLanes<Compute<S>>, kLanes<Compute<S>>, square);
+  load_corner_transposed(from, stride, kLanes<Compute<S>>, kLanes<Compute<S>>, square);
+}
+
+// Either of them.
+template <class S>
+FUSED_MLP_INLINE void load_transposed(const S* from, int64_t stride, int64_t rows, int columns,
+                                      Vec<Compute<S>> (&square)[kLanes<Compute<S>>]) {
+  if (rows >= kLanes<Compute<S>> && columns == kLanes<Compute<S>>) {
+    load_square_transposed(from, stride, square);
+  } else {
+    load_corner_transposed(from, stride, rows, columns, square);
+  }
 }
 
 }  // namespace fused_mlp::FUSED_MLP_ISA
