@@ -98,7 +98,8 @@ def mutants(results: list[dict]) -> str:
     lines = ["| mutants of | tried | killed |", "|---|---:|---:|"]
     for part, text in parts.items():
         counts = Counter(r["outcome"] for r in tried if r["group"] == part)
-        lines.append(f"| {text} | {sum(counts.values())} | {counts['killed']} |")
+        if counts:
+            lines.append(f"| {text} | {sum(counts.values())} | {counts['killed']} |")
     lines.append(f"| all | {len(tried)} | {len(killed)} ({len(killed) / len(tried):.0%}) |")
     return "\n".join(lines)
 
