@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 NETWORK = "research_net"
-OPS = ("normalize", "linear_relu", "batch_norm_leaky_relu")
+OPS = ("normalize", "linear_relu", "linear_act", "batch_norm_leaky_relu", "batch_norm_act")
+_LINEAR = ("linear_relu", "linear_act")
 MODES = ("eval", "train")
 DROPOUT = 0.3
 
@@ -36,8 +37,8 @@ class Case:
 
     Attributes:
         op: ``research_net`` or one of ``OPS``.
-        sizes: the network's widths; rows and columns for normalize and batch_norm_leaky_relu;
-            rows, in_features, out_features for linear_relu.
+        sizes: the network's widths; rows, in_features, out_features for linear_relu and linear_act
+            (with GELU); rows and columns for the others (batch_norm_act with ReLU).
         batch: rows of the input.
         mode: "eval" (forward under inference_mode) or "train" (forward and backward).
         dropout: its probability in "train", where there is a dropout.
@@ -72,7 +73,7 @@ class Case:
             forward = 2.0 * self.batch * sum(products)
             # The gradient of the network's input is not asked for.
             return forward if self.mode == "eval" else 3 * forward - 2.0 * self.batch * products[0]
-        if self.op == "linear_relu":
+        if self.op in _LINEAR:
             return 2.0 * math.prod(self.sizes) * (1 if self.mode == "eval" else 3)
         return math.prod(self.sizes) * (4.0 if self.mode == "eval" else 14.0)
 
@@ -89,7 +90,7 @@ class Case:
             weights = sum((k + 1) * n for k, n in zip(self.sizes, self.sizes[1:], strict=False))
             ends = self.batch * (self.sizes[0] + self.sizes[-1])
             return float((ends + weights) * itemsize * (2 if train else 1))
-        if self.op == "linear_relu":
+        if self.op in _LINEAR:
             rows, inputs, outputs = self.sizes
             once = rows * inputs + (inputs + 1) * outputs + rows * outputs
             # Backward reads the input, the weight, the output and its gradient, writes two.
@@ -120,29 +121,37 @@ _OP_SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "quick": {
         "normalize": ((100, 10), (10_000, 10), (1_000_000, 10)),
         "linear_relu": ((256, 256, 256), (4096, 64, 64)),
+        "linear_act": ((256, 256, 256), (4096, 64, 64)),
         "batch_norm_leaky_relu": ((256, 32), (65536, 32), (4096, 256)),
+        "batch_norm_act": ((256, 32), (65536, 32)),
     },
     "docs": {
         "normalize": tuple((10**n, 10) for n in range(2, 8)),
         "linear_relu": (*((2**n,) * 3 for n in (4, 6, 8, 10, 11)), (512, 4096, 4096),
                         (65536, 64, 64)),
+        "linear_act": ((64,) * 3, (256,) * 3, (1024,) * 3, (65536, 64, 64)),
         "batch_norm_leaky_relu": ((32, 8), (32, 4096), (1024, 64), (1024, 1024), (65536, 32),
                                   (65536, 512), (1_000_000, 8), (1_000_000, 64)),
+        "batch_norm_act": ((1024, 64), (65536, 32)),
     },
     "full": {
         "normalize": tuple((10**n, 10) for n in range(2, 8)),
         "linear_relu": (*((2**n,) * 3 for n in range(4, 13)), (65536, 64, 64)),
+        "linear_act": (*((2**n,) * 3 for n in range(4, 13)), (65536, 64, 64)),
         "batch_norm_leaky_relu": tuple(
             (rows, columns)
             for rows in (32, 1024, 32768, 1_000_000)
             for columns in (8, 64, 512, 4096)
             if rows * columns <= 2**27
         ),
+        "batch_norm_act": ((32, 64), (1024, 64), (32768, 64), (1024, 4096)),
     },
     "smoke": {
         "normalize": ((20, 10),),
         "linear_relu": ((8, 6, 5),),
+        "linear_act": ((8, 6, 5),),
         "batch_norm_leaky_relu": ((16, 4),),
+        "batch_norm_act": ((16, 4),),
     },
 }  # fmt: skip
 

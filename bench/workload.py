@@ -99,15 +99,19 @@ def build(case: Case) -> Workload:
         before, *hidden, outputs = case.sizes
         eager = IntelligentResearchNetwork(before, hidden, outputs, dropout=case.dropout, **place)
         fused = fused_mlp.FusedResearchNet(before, hidden, outputs, dropout=case.dropout, **place)
-    elif case.op == "linear_relu":
+    elif case.op in ("linear_relu", "linear_act"):
         _, before, outputs = case.sizes
+        activation = nn.ReLU() if case.op == "linear_relu" else nn.GELU()
         eager = nn.Sequential(
-            nn.Linear(before, outputs, **place), nn.ReLU(), nn.Dropout(case.dropout)
+            nn.Linear(before, outputs, **place), activation, nn.Dropout(case.dropout)
         )
         fused = fused_mlp.FusedSequential(*copy.deepcopy(eager))
-    elif case.op == "batch_norm_leaky_relu":
+    elif case.op in ("batch_norm_leaky_relu", "batch_norm_act"):
         before = outputs = case.sizes[1]
-        eager = nn.Sequential(nn.BatchNorm1d(before, **place), nn.LeakyReLU())
+        behind = [nn.LeakyReLU()]
+        if case.op == "batch_norm_act":
+            behind = [nn.ReLU(), nn.Dropout(case.dropout)]
+        eager = nn.Sequential(nn.BatchNorm1d(before, **place), *behind)
         fused = fused_mlp.FusedSequential(*copy.deepcopy(eager))
     else:
         before = outputs = case.sizes[1]

@@ -172,6 +172,17 @@ def active_backend(device: str) -> str:
     return "triton" if device == "cuda" and _triton_missing(device) is None else "reference"
 
 
+def has_kernel(op: str, device: str) -> bool:
+    """Return whether the backend that serves ``device`` computes an op by a kernel of its own.
+
+    The reference counts as one: it is what was asked for, or all there is.
+    """
+    active = active_backend(device)
+    if active == "native":
+        return op not in _native(device).plain
+    return active == "reference" or _in_triton(op)
+
+
 # ------------------------------------------------------------------------------- choosing
 
 _chosen = "auto"
@@ -346,7 +357,7 @@ def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
     if backend == "native" and input.device.type == "cpu":
         if max(widths) <= CPU_CACHE_WIDTH:
             return min(widths) > 0
-        # Half precision is left to the library where products weigh most: see linear_relu.cpp.
+        # Half precision is left to the library where products weigh most: see linear_act.cpp.
         wide = input.dtype in _WIDE_DTYPES and _runs_wide()
         return min(widths) > 0 and (wide or _has_pairs(input))
     if backend == "triton":

@@ -18,6 +18,7 @@ _LEFT_ALONE: dict[Any, Callable[..., Any]] = {
     torch.ops.fused_mlp.normalize.default: ops.normalize,
     torch.ops.fused_mlp.linear_relu.default: ops.linear_relu,
     torch.ops.fused_mlp.linear_act.default: ops.linear_act,
+    torch.ops.fused_mlp.linear_batch_norm_act.default: ops.linear_batch_norm_act,
 }
 
 

@@ -13,7 +13,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .modules import BatchNormLeakyReLU, FusedSequential, LinearReLU
 from .modules.groups import runs_as_written
-from .modules.patterns import PLAIN, Run, find_runs
+from .modules.patterns import (
+    AFTER_BATCH_NORM,
+    AFTER_LINEAR,
+    LINEAR_BATCH_NORM_ACT,
+    PLAIN,
+    Run,
+    find_runs,
+)
 
 _ROOT = "(model)"
 _OWN = (LinearReLU, BatchNormLeakyReLU)
@@ -160,8 +167,14 @@ def _report_runs(report: FuseReport, path: str, container: nn.Module) -> None:
             if reason:
                 report.left.append(FuseEntry(where, _run_pattern(run), reason))
             else:
-                report.fused.append(FuseEntry(where, _run_pattern(run), run.op))
+                report.fused.append(FuseEntry(where, _run_pattern(run), _ops(run)))
         start = end
+
+
+def _ops(run: Run) -> str:
+    if run.op == LINEAR_BATCH_NORM_ACT:
+        return f"{run.parts[1].op}; {run.op} in evaluation"
+    return run.op
 
 
 def _why_alone(layer: nn.Module, following: list[nn.Module]) -> str:
@@ -172,10 +185,12 @@ def _why_alone(layer: nn.Module, following: list[nn.Module]) -> str:
         return "lazy: its class is settled by its first input"
     if type(layer) not in (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm):
         return f"only Linear and BatchNorm1d themselves are fused, not {_name(layer)}"
-    wanted = "ReLU" if type(layer) is nn.Linear else "LeakyReLU"
     if not following:
-        return f"no {wanted} after it"
-    return f"followed by {_name(following[0])}, not {wanted}"
+        return "nothing after it to fuse with"
+    linear = type(layer) is nn.Linear
+    kinds = (*AFTER_LINEAR, nn.BatchNorm1d) if linear else AFTER_BATCH_NORM
+    wanted = ", ".join(kind.__name__ for kind in kinds)
+    return f"followed by {_name(following[0])}, not {wanted} or Dropout"
 
 
 def _why_as_written(names: list[str], modules: tuple[nn.Module, ...]) -> str:
@@ -206,6 +221,8 @@ def _pattern(modules: Any) -> str:
 
 def _run_pattern(run: Run) -> str:
     if not run.parts:
+        return _pattern(run.modules)
+    if run.op == LINEAR_BATCH_NORM_ACT:
         return _pattern(run.modules)
     *hidden, before_norm, norm, last = [part.modules for part in run.parts]
     return ", ".join(_pattern(m) for m in (*hidden, before_norm + norm, last))

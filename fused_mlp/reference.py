@@ -407,6 +407,26 @@ def batch_norm_leaky_relu_backward(
     )  # fmt: skip
 
 
+def linear_batch_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    return batch_norm_act(
+        F.linear(input, weight, bias), running_mean, running_var, None, bn_weight, bn_bias, False,
+        0.0, eps, activation, negative_slope, dropout_p, seed,
+    )[0]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------- research_net
 
 

@@ -56,6 +56,13 @@ def make_network(kind, dtype=torch.float64):
         net = FusedSequential(
             LinearReLU(10, 64), nn.Linear(64, 32), BatchNormLeakyReLU(32), nn.Linear(32, 5)
         )
+    elif kind.startswith("ordinary"):
+        net = nn.Sequential(
+            nn.Linear(10, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 32),
+            nn.BatchNorm1d(32), nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 5),
+        )  # fmt: skip
+        if kind == "ordinary, fused":
+            fuse(net)
     else:
         net = FusedResearchNet(*WIDTHS)
     for module in net.modules():
@@ -119,10 +126,10 @@ def data_parallel(rank, kind, synchronized, steps, options):
     return state(net)
 
 
-@pytest.mark.parametrize("kind", ["eager", "fused", "hooked", "own layers"])
+@pytest.mark.parametrize("kind", ["eager", "fused", "hooked", "own layers", "ordinary, fused"])
 def test_synchronized_processes_train_as_one_on_the_joined_batch(two_processes, kind):
     first, second = two_processes.run(data_parallel, kind, True, STEPS, {})
-    expected = alone("own layers" if kind == "own layers" else "eager")
+    expected = alone({"own layers": kind, "ordinary, fused": "ordinary"}.get(kind, "eager"))
     assert_same_state(first, expected)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), f"{name} differs between processes"

@@ -133,12 +133,14 @@ def test_stable_baselines3_learns_cartpole_as_before(capsys):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_stable_baselines3_says_why_tanh_layers_are_left():
+def test_stable_baselines3_says_why_elu_layers_are_left():
     pytest.importorskip("stable_baselines3")
     pytest.importorskip("gymnasium")
     make_agent = runpy.run_path(str(EXAMPLES / "stable_baselines3_cartpole.py"))["make_agent"]
-    report = fused_mlp.fuse(make_agent(nn.Tanh).policy)
+    for activation in (nn.Tanh, nn.ReLU, nn.GELU):
+        assert len(fused_mlp.fuse(make_agent(activation).policy).fused) == 4
+    report = fused_mlp.fuse(make_agent(nn.ELU).policy)
     assert not report.fused
-    assert [e.reason for e in report.left if "_net." in e.path] == [
-        "followed by Tanh, not ReLU"
-    ] * 4
+    reasons = [e.reason for e in report.left if "_net." in e.path]
+    assert len(reasons) == 4
+    assert all(reason.startswith("followed by ELU, not ReLU, LeakyReLU") for reason in reasons)

@@ -21,13 +21,13 @@ class Policy(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Sequential(*network_layers()), nn.Identity())
         self.heads = nn.ModuleDict({"value": nn.Sequential(nn.Linear(5, 8), nn.ReLU())})
-        self.tanh = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.elu = nn.Sequential(nn.Linear(5, 8), nn.ELU(), nn.Linear(8, 8))
         self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.ReLU()])
         self.out = nn.Linear(8, 2)
 
     def forward(self, input):
         hidden = self.body(input)
-        hidden = self.heads["value"](hidden) + self.tanh(hidden)
+        hidden = self.heads["value"](hidden) + self.elu(hidden)
         for block in self.blocks:
             hidden = block(hidden)
         return self.out(hidden)
@@ -44,9 +44,10 @@ def test_report_lists_every_run_and_why_others_were_left():
         "heads.value.0-1": ("Linear+ReLU", "linear_relu"),
     }
     left = entries(report.left)
-    assert left.keys() == {"(model)", "tanh.0", "tanh.2", "blocks"}
-    assert left["tanh.0"] == ("Linear", "followed by Tanh, not ReLU")
-    assert left["tanh.2"] == ("Linear", "no ReLU after it")
+    assert left.keys() == {"(model)", "elu.0", "elu.2", "blocks"}
+    assert left["elu.0"][0] == "Linear"
+    assert left["elu.0"][1].startswith("followed by ELU, not ReLU, LeakyReLU, GELU, SiLU, Tanh")
+    assert left["elu.2"] == ("Linear", "nothing after it to fuse with")
     assert "Policy.forward" in left["(model)"][1]
     assert "ModuleList" in left["blocks"][1]
 
@@ -166,8 +167,8 @@ def _hooked():
             "parametrized: weight",
         ),
         (lambda: nn.Sequential(nn.LazyLinear(4), nn.ReLU()), "lazy"),
-        (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), "followed by ReLU, not LeakyReLU"),
-        (lambda: nn.Sequential(nn.SyncBatchNorm(4), nn.Tanh()), "followed by Tanh, not LeakyReLU"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Tanh()), "followed by Tanh, not ReLU, Leaky"),
+        (lambda: nn.Sequential(nn.SyncBatchNorm(4), nn.GELU()), "followed by GELU, not ReLU, Leak"),
         (_replaced, "its forward was replaced"),
         (_hooked, "1 has a hook"),
     ],

@@ -83,6 +83,12 @@ def test_layouts(device: torch.device, kind: str, layout: str) -> None:
 def test_special_values(device: torch.device, dtype: torch.dtype, kind: str) -> None:
     """Infinities, NaN, zeros of both signs and the ends of the range, forward and backward."""
     x = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype).to(device)[:, None]
+    # oneDNN's GELU of infinity is NaN, torch's own is not.
+    with torch.backends.mkldnn.flags(enabled=False):
+        _check_special_values(device, dtype, kind, x)
+
+
+def _check_special_values(device, dtype, kind: str, x: torch.Tensor) -> None:
     one = torch.ones(1, 1, dtype=dtype, device=device)
     example = case(kind, (1, 1), 1, bias=False, dtype=dtype, device=device)
     results = []
@@ -116,7 +122,9 @@ def test_nonfinite(device: torch.device, kind: str, value: float) -> None:
             example = case(kind, (9, 11), 13, p=p, device=device)
             example.tensors[place].view(-1)[4] = value
             tensors = list(example.tensors.values())
-            assert_same_nonfinite(example.fused(*tensors), example.plain(*tensors))
+            with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's GELU of infinity is NaN
+                expected = example.plain(*tensors)
+            assert_same_nonfinite(example.fused(*tensors), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -127,9 +135,20 @@ def test_the_whole_range(device: torch.device, dtype: torch.dtype, kind: str) ->
     x = torch.cat([x, -x])[:, None]
     one = torch.ones(1, 1, dtype=dtype, device=device)
     example = case(kind, (1, 1), 1, bias=False, dtype=dtype, device=device)
-    check_case(example, [x, one], torch.ones_like(x))
-    for part in (x.abs() < 1e-3, (x > -6) & (x < -3), x < -6):
-        check_case(example, [x[part][:, None], one], torch.ones_like(x[part][:, None]))
+    parts = {"all": x.abs() >= 0, "tiny": x.abs() < 1e-3}
+    if dtype == torch.float32:  # the formula in float64 is no oracle of float64 where it cancels
+        parts |= {"middle": (x > -6) & (x < -3), "flat": x < -6}
+    for name, part in parts.items():
+        results = []
+        for function, as_type in (
+            (example.fused, dtype), (example.plain, dtype), (example.exact, torch.float64)
+        ):  # fmt: skip
+            leaf = x[part][:, None].to(as_type).requires_grad_()
+            output = function(leaf, one.to(as_type))
+            (grad,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
+            results.append((output.detach(), grad))
+        for what, ours, torchs, exact in zip(("output", "gradient"), *results, strict=True):
+            assert_as_accurate(ours, torchs, exact, f"{kind}, {name}: {what}")
 
 
 @pytest.mark.parametrize("kind", ["leaky_relu", "gelu", "tanh"])

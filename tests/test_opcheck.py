@@ -55,6 +55,16 @@ def public_calls(device: torch.device) -> dict:
             (*t((2, 3, 4), (5, 4)), None, "tanh"),
             {"dropout_p": 0.5, "seed": seed},
         ),
+        "linear_batch_norm_act": (
+            PUBLIC.linear_batch_norm_act,
+            (*t((6, 4), (5, 4), (5,)), *buffers(device, 5)[:2], *t((5,), (5,)), 1e-5, "relu"),
+            {"dropout_p": 0.5, "seed": seed},
+        ),
+        "linear_batch_norm_act-frozen": (
+            PUBLIC.linear_batch_norm_act,
+            (*tensors(device, (6, 4), (5, 4)), None, *buffers(device, 5)[:2]),
+            {},
+        ),
         "batch_norm_act": (
             PUBLIC.batch_norm_act,
             (*t((6, 4)), *buffers(device, 4)[:2], *t((4,), (4,)), True, 0.1, 1e-5, "relu"),
@@ -104,6 +114,10 @@ def raw_calls(device: torch.device) -> dict:
         "linear_relu-none": (RAW.linear_relu, (x, weight, None, 0.0, None)),
         "linear_act": (RAW.linear_act, (x, weight, bias, SILU, 0.01, 0.5, seed, True)),
         "linear_act-none": (RAW.linear_act, (x, weight, None, TANH, 0.01, 0.0, None, False)),
+        "linear_batch_norm_act": (
+            RAW.linear_batch_norm_act,
+            (x, weight, bias, *buffers(device, 5)[:2], bias, None, 1e-5, RELU, 0.01, 0.5, seed),
+        ),
         "batch_norm_act": (
             RAW.batch_norm_act,
             (x, *buffers(device, 4), gamma, gamma, True, 0.1, 1e-5, RELU, 0.01, 0.5, seed),

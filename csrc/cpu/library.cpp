@@ -6,8 +6,13 @@
 STABLE_TORCH_LIBRARY_IMPL(fused_mlp_kernels, CPU, m) {
   m.impl("normalize", TORCH_BOX(&fused_mlp::normalize));
   m.impl("normalize_backward", TORCH_BOX(&fused_mlp::normalize_backward));
+  m.impl("linear_act", TORCH_BOX(&fused_mlp::linear_act));
+  m.impl("linear_act_backward", TORCH_BOX(&fused_mlp::linear_act_backward));
+  m.impl("linear_batch_norm_act", TORCH_BOX(&fused_mlp::linear_batch_norm_act));
   m.impl("linear_relu", TORCH_BOX(&fused_mlp::linear_relu));
   m.impl("linear_relu_backward", TORCH_BOX(&fused_mlp::linear_relu_backward));
+  m.impl("batch_norm_act", TORCH_BOX(&fused_mlp::batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&fused_mlp::batch_norm_act_backward));
   m.impl("batch_norm_leaky_relu", TORCH_BOX(&fused_mlp::batch_norm_leaky_relu));
   m.impl("batch_norm_leaky_relu_backward", TORCH_BOX(&fused_mlp::batch_norm_leaky_relu_backward));
   m.impl("research_net", TORCH_BOX(&fused_mlp::research_net));

@@ -15,12 +15,44 @@ Tensor normalize_backward(const Tensor& grad_output, const Tensor& input, const 
                           const Tensor& std, std::optional<std::vector<int64_t>> dim,
                           double correction, double eps);
 
+std::vector<Tensor> linear_act(const Tensor& input, const Tensor& weight,
+                               const std::optional<Tensor>& bias, int64_t activation,
+                               double negative_slope, double dropout_p,
+                               const std::optional<Tensor>& seed, bool keep_input);
+
+std::vector<Tensor> linear_act_backward(const Tensor& grad_output, const Tensor& input,
+                                        const Tensor& weight, const std::optional<Tensor>& kept,
+                                        int64_t activation, double negative_slope, double dropout_p,
+                                        const std::optional<Tensor>& seed,
+                                        std::vector<bool> output_mask);
+
+Tensor linear_batch_norm_act(const Tensor& input, const Tensor& weight,
+                             const std::optional<Tensor>& bias, const Tensor& running_mean,
+                             const Tensor& running_var, const std::optional<Tensor>& bn_weight,
+                             const std::optional<Tensor>& bn_bias, double eps, int64_t activation,
+                             double negative_slope, double dropout_p,
+                             const std::optional<Tensor>& seed);
+
 Tensor linear_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    double dropout_p, const std::optional<Tensor>& seed);
 
 std::vector<Tensor> linear_relu_backward(const Tensor& grad_output, const Tensor& input,
                                          const Tensor& weight, const Tensor& output,
                                          double dropout_p, std::vector<bool> output_mask);
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act(
+    const Tensor& input, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+    std::optional<Tensor> num_batches_tracked, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, bool training, double momentum, double eps,
+    int64_t activation, double negative_slope, double dropout_p, const std::optional<Tensor>& seed);
+
+std::vector<Tensor> batch_norm_act_backward(const Tensor& grad_output, const Tensor& input,
+                                            const std::optional<Tensor>& weight,
+                                            const std::optional<Tensor>& bias, const Tensor& mean,
+                                            const Tensor& rstd, bool training, int64_t activation,
+                                            double negative_slope, double dropout_p,
+                                            const std::optional<Tensor>& seed,
+                                            std::vector<bool> output_mask);
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(
     const Tensor& input, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,

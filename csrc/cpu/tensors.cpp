@@ -111,6 +111,12 @@ Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream)
   return {p, seed_of(seed), stream};
 }
 
+Activation activation_of(int64_t number, Activation last) {
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(last),
+                  "fused_mlp: there is no activation of number ", number);
+  return static_cast<Activation>(number);
+}
+
 int64_t* counter_of(const std::optional<Tensor>& num_batches_tracked) {
   if (!num_batches_tracked) return nullptr;
   STD_TORCH_CHECK(num_batches_tracked->is_cpu() &&

@@ -56,6 +56,9 @@ const int64_t* seed_of(const std::optional<Tensor>& seed);
 // A dropout layer from an op's arguments.
 Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream);
 
+// The activation of a number from 0 to `last`; raises for others.
+Activation activation_of(int64_t number, Activation last = Activation::kTanh);
+
 // The address of the counter, or null.
 int64_t* counter_of(const std::optional<Tensor>& num_batches_tracked);
 

@@ -10,27 +10,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from .. import backends
+from .. import activations, backends
 from ..dropout import draw_seed
 from ..ops._common import grad_needed, mark_written
+from ..ops.batch_norm_act import BatchNormActFunction
 from ..ops.batch_norm_leaky_relu import BatchNormLeakyReLUFunction
 from ..ops.batch_norm_leaky_relu import check as check_batch_norm
+from ..ops.linear_act import LinearActFunction
+from ..ops.linear_batch_norm_act import check as check_linear_batch_norm
 from ..ops.linear_relu import LinearReLUFunction
 from ..ops.linear_relu import check as check_linear_relu
 from ..ops.over_group import batch_norm_leaky_relu as batch_norm_over_group
 from ..ops.research_net import check as check_research_net
 from ..ops.research_net import research_net as research_net_op
 from ..ops.research_net import run as run_research_net
-from .fit import Fit
+from .fit import Fit, Variant
 from .norm import NormState
 
 _research_net = torch.ops.fused_mlp_kernels.research_net.default
 _linear_relu = torch.ops.fused_mlp_kernels.linear_relu.default
+_linear_act = torch.ops.fused_mlp_kernels.linear_act.default
+_linear_batch_norm_act = torch.ops.fused_mlp_kernels.linear_batch_norm_act.default
 _batch_norm_leaky_relu = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default
+_batch_norm_act = torch.ops.fused_mlp_kernels.batch_norm_act.default
 
 
 # One for calls without num_batches_tracked, as in evaluation, and one for calls with it.
@@ -47,24 +54,71 @@ def two_fits() -> Fits:
 NetState = tuple[Sequence[Tensor], Sequence[Tensor], NormState, Sequence[float], float]
 
 
-def linear_relu(
-    fit: Fit, input: Any, weight: Tensor | None, bias: Tensor | None, p: float
+def linear_act(
+    fit: Fit,
+    input: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    p: float,
 ) -> Tensor | None:
-    """Return dropout(relu(linear(input))), or None where the kernel cannot take the tensors."""
+    """Return dropout(activation(linear(input))), or None where no kernel can take the tensors."""
     if forward_ad._current_level >= 0:
         return None
-    if fit.find(input, weight, bias) is None:
+    variant = fit.find(input, weight, bias)
+    if variant is None:
         tensors = (input, weight, bias)
-        if fit.admit(tensors, check_linear_relu, input, weight, bias, 0.0, None) is None:
+        variant = fit.admit(tensors, check_linear_relu, input, weight, bias, 0.0, None)
+        if variant is None:
             return None
+    if activation != activations.RELU and not _has_kernel(variant, "linear_act", input):
+        return None
     seed = None
     if p:
         if not 0.0 <= p <= 1.0:
             return None
         seed = draw_seed(input.device)
+    if activation == activations.RELU:
+        if grad_needed(input, weight, bias):
+            return LinearReLUFunction.apply(input, weight, bias, p, seed)
+        return _linear_relu(input, weight, bias, p, seed)
     if grad_needed(input, weight, bias):
-        return LinearReLUFunction.apply(input, weight, bias, p, seed)
-    return _linear_relu(input, weight, bias, p, seed)
+        return LinearActFunction.apply(input, weight, bias, activation, negative_slope, p, seed)
+    return _linear_act(input, weight, bias, activation, negative_slope, p, seed, False)[0]
+
+
+def linear_batch_norm_act(
+    fit: Fit,
+    input: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: NormState,
+    activation: int,
+    negative_slope: float,
+    p: float,
+) -> Tensor | None:
+    """Return dropout(activation(batch_norm(linear(input)))) in evaluation without gradients.
+
+    None in training as well, and where a gradient is needed: no kernel computes that at once.
+    """
+    if forward_ad._current_level >= 0:
+        return None
+    bn_weight, bn_bias, running_mean, running_var, _, training, _, eps, _ = state
+    tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
+    if training or not isinstance(input, Tensor) or grad_needed(*tensors):
+        return None
+    variant = fit.find(*tensors) or fit.admit(
+        tensors, check_linear_batch_norm, *tensors, eps, 0.0, None
+    )
+    if variant is None or not _has_kernel(variant, "linear_batch_norm_act", input):
+        return None
+    seed = None
+    if p:
+        if not 0.0 <= p <= 1.0:
+            return None
+        seed = draw_seed(input.device)
+    return _linear_batch_norm_act(*tensors, eps, activation, negative_slope, p, seed)
 
 
 def batch_norm_leaky_relu(
@@ -76,16 +130,7 @@ def batch_norm_leaky_relu(
     weight, bias, running_mean, running_var, tracked, training, momentum, eps, group = state
     if group is not None:
         return _batch_norm_over_group(input, state, negative_slope)
-    tensors: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
-    if tracked is not None:
-        tensors += (tracked,)
-    fit = fits[tracked is not None]
-    if fit.find(*tensors) is None and not fit.admit(
-        tensors, check_batch_norm, input, running_mean, running_var, weight, bias, training, eps,
-        tracked,
-    ):  # fmt: skip
-        return None
-    if training and (input.numel() <= input.shape[1] or not eps > 0):
+    if _admit(fits, input, state) is None:
         return None
     if grad_needed(input, weight, bias):
         output = BatchNormLeakyReLUFunction.apply(
@@ -100,6 +145,72 @@ def batch_norm_leaky_relu(
     if training:
         mark_written(running_mean, running_var, tracked)
     return output
+
+
+def batch_norm_act(
+    fits: Fits,
+    input: Any,
+    state: NormState,
+    activation: int,
+    negative_slope: float,
+    p: float,
+) -> Tensor | None:
+    """Return dropout(activation(batch_norm(input))), or None where no kernel can take the tensors.
+
+    One kernel serves LeakyReLU, and as one of slope 1 no activation, where there is no dropout.
+    """
+    slope = 1.0 if activation == activations.NONE else negative_slope
+    if not p and activation != activations.RELU:
+        return batch_norm_leaky_relu(fits, input, state, slope)
+    if not 0.0 <= p <= 1.0 or forward_ad._current_level >= 0:
+        return None
+    weight, bias, running_mean, running_var, tracked, training, momentum, eps, group = state
+    if group is not None:
+        output = _batch_norm_over_group(input, state, 1.0)
+        if output is None:
+            return None
+        return F.dropout(activations.TABLE[activation].value(output, negative_slope), p)
+    variant = _admit(fits, input, state)
+    if variant is None or not _has_kernel(variant, "batch_norm_act", input):
+        return None
+    seed = draw_seed(input.device) if p else None
+    options = (training, momentum, eps, activation, negative_slope, p, seed)
+    if grad_needed(input, weight, bias):
+        output = BatchNormActFunction.apply(
+            input, weight, bias, running_mean, running_var, tracked, *options
+        )
+    else:
+        output = _batch_norm_act(
+            input, running_mean, running_var, tracked, weight, bias, *options
+        )[0]  # fmt: skip
+    if training:
+        mark_written(running_mean, running_var, tracked)
+    return output
+
+
+def _admit(fits: Fits, input: Any, state: NormState) -> Variant | None:
+    """Return the variant the tensors of a batch norm belong to; None where no kernel takes them."""
+    weight, bias, running_mean, running_var, tracked, training, _, eps, _ = state
+    tensors: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
+    if tracked is not None:
+        tensors += (tracked,)
+    fit = fits[tracked is not None]
+    variant = fit.find(*tensors) or fit.admit(
+        tensors, check_batch_norm, input, running_mean, running_var, weight, bias, training, eps,
+        tracked,
+    )  # fmt: skip
+    if training and variant and (input.numel() <= input.shape[1] or not eps > 0):
+        return None
+    return variant
+
+
+def _has_kernel(variant: Variant, op: str, input: Tensor) -> bool:
+    """Return whether the chosen backend has a kernel; plain modules beat the reference."""
+    backend, known = variant.fits
+    if backend != backends._chosen:
+        known = backends.has_kernel(op, input.device.type)
+        variant.fits = (backends._chosen, known)
+    return known
 
 
 def _batch_norm_over_group(input: Any, state: NormState, negative_slope: float) -> Tensor | None:

@@ -40,7 +40,7 @@ class Variant:
 
     def __init__(self, check: Check) -> None:
         self.check = check
-        # The backend asked last whether research_net fits its chip, and its answer.
+        # The backend asked last whether it has a kernel for this, and its answer.
         self.fits: tuple[str, bool] = ("", False)
 
 

@@ -15,9 +15,18 @@ from torch.nn.modules import module as nn_module
 
 from .. import backends
 from . import attempt, snapshot
+from .behind import reader
 from .fit import Fit
 from .norm import SynchronizedForward, norm_state
-from .patterns import BATCH_NORM_LEAKY_RELU, LINEAR_RELU, RESEARCH_NET, Run
+from .patterns import (
+    BATCH_NORM_ACT,
+    BATCH_NORM_LEAKY_RELU,
+    LINEAR_ACT,
+    LINEAR_BATCH_NORM_ACT,
+    LINEAR_RELU,
+    RESEARCH_NET,
+    Run,
+)
 from .prepared import PreparedNet, can_prepare
 
 Step = Callable[[Any], Any]
@@ -30,10 +39,12 @@ _global_backward_pre_hooks = nn_module._global_backward_pre_hooks
 
 def make_step(run: Run) -> Step:
     """Return what computes a run: a group, or the module itself."""
-    if run.op == LINEAR_RELU and len(run.modules) > 1:
-        return LinearReLUGroup(run).run
-    if run.op == BATCH_NORM_LEAKY_RELU and len(run.modules) > 1:
-        return BatchNormLeakyReLUGroup(run).run
+    if run.op in (LINEAR_RELU, LINEAR_ACT) and len(run.modules) > 1:
+        return LinearActGroup(run).run
+    if run.op == BATCH_NORM_ACT or (run.op == BATCH_NORM_LEAKY_RELU and len(run.modules) > 1):
+        return BatchNormActGroup(run).run
+    if run.op == LINEAR_BATCH_NORM_ACT:
+        return LinearBatchNormActGroup(run).run
     if run.op == RESEARCH_NET:
         return ResearchNetGroup(run).run
     return run.modules[0]
@@ -61,53 +72,79 @@ def runs_as_written(modules: Iterable[dict[str, Any]]) -> bool:
     return True
 
 
-class LinearReLUGroup:
-    """Linear and ReLU, with or without Dropout."""
+class LinearActGroup:
+    """Linear, with an activation or Dropout behind it or both."""
 
-    __slots__ = ("_dicts", "_dropout", "_fit", "_linear", "_modules")
+    __slots__ = ("_behind", "_dicts", "_fit", "_modules")
 
     def __init__(self, run: Run) -> None:
         self._modules = run.modules
         self._dicts = tuple(module.__dict__ for module in run.modules)
-        self._linear, self._dropout, _ = _linear_and_dropout(run)
+        self._behind = reader(run.modules[1:])
         self._fit = Fit(feature_dim=-1)
 
     def run(self, input: Any) -> Any:
         if runs_as_written(self._dicts):
-            parameters, dropout = self._linear["_parameters"], self._dropout
+            parameters = self._dicts[0]["_parameters"]
             try:
                 weight, bias = parameters["weight"], parameters["bias"]
-                p = dropout["p"] if dropout is not None and dropout["training"] else 0.0
+                activation, slope, p = self._behind()
             except KeyError:  # a parameter is computed by a parametrization, prune, weight_norm
                 return _one_by_one(self._modules, input)
-            output = attempt.linear_relu(self._fit, input, weight, bias, p)
+            output = attempt.linear_act(self._fit, input, weight, bias, activation, slope, p)
             if output is not None:
                 return output
         return _one_by_one(self._modules, input)
 
 
-class BatchNormLeakyReLUGroup:
-    """BatchNorm1d and LeakyReLU."""
+class BatchNormActGroup:
+    """BatchNorm1d, with ReLU or LeakyReLU or Dropout behind it."""
 
-    __slots__ = ("_dicts", "_fits", "_modules")
+    __slots__ = ("_behind", "_dicts", "_fits", "_modules")
 
     def __init__(self, run: Run) -> None:
         self._modules = run.modules
         self._dicts = tuple(module.__dict__ for module in run.modules)
+        self._behind = reader(run.modules[1:])
         self._fits = attempt.two_fits()
 
     def run(self, input: Any) -> Any:
         if runs_as_written(self._dicts):
-            norm, activation = self._dicts
             try:
-                state = norm_state(norm)
+                state = norm_state(self._dicts[0])
             except KeyError:
                 return _one_by_one(self._modules, input)
-            slope = activation["negative_slope"]
-            output = attempt.batch_norm_leaky_relu(self._fits, input, state, slope)
+            output = attempt.batch_norm_act(self._fits, input, state, *self._behind())
             if output is not None:
                 return output
         return _one_by_one(self._modules, input)
+
+
+class LinearBatchNormActGroup:
+    """Linear and BatchNorm1d with what stands behind: one op in evaluation, two in training."""
+
+    __slots__ = ("_behind", "_dicts", "_fit", "_parts")
+
+    def __init__(self, run: Run) -> None:
+        self._parts = tuple(make_step(part) for part in run.parts)
+        self._dicts = tuple(module.__dict__ for module in run.modules)
+        self._behind = reader(run.modules[2:])
+        self._fit = Fit(feature_dim=-1)
+
+    def run(self, input: Any) -> Any:
+        linear, norm = self._dicts[:2]
+        if not norm["training"] and runs_as_written(self._dicts):
+            try:
+                weight, bias = linear["_parameters"]["weight"], linear["_parameters"]["bias"]
+                state = norm_state(norm)
+            except KeyError:
+                return _one_by_one(self._parts, input)
+            output = attempt.linear_batch_norm_act(
+                self._fit, input, weight, bias, state, *self._behind()
+            )
+            if output is not None:
+                return output
+        return _one_by_one(self._parts, input)
 
 
 class ResearchNetGroup:

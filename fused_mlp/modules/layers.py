@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import functional
+from ..activations import RELU
 from . import attempt, tracing
 from .cache import CachingModule
 from .fit import Fit
@@ -60,15 +61,17 @@ class LinearReLU(CachingModule):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             p = self.dropout if self.training else 0.0
-            output = tracing.linear_relu(self, p, input) if tracing.ops_allowed(input) else None
+            output = None
+            if tracing.ops_allowed(input):
+                output = tracing.linear_act(self, ("relu", {}, p), input)
             return self._plain(input) if output is None else output
         fit = self.__dict__.get("_cache")
         if fit is None:
             fit = self.__dict__["_cache"] = Fit(feature_dim=-1)
         parameters = self._parameters
         if "weight" in parameters and "bias" in parameters:
-            output = attempt.linear_relu(
-                fit, input, parameters["weight"], parameters["bias"],
+            output = attempt.linear_act(
+                fit, input, parameters["weight"], parameters["bias"], RELU, 0.0,
                 self.dropout if self.training else 0.0,
             )  # fmt: skip
             if output is not None:
@@ -119,7 +122,8 @@ class BatchNormLeakyReLU(CachingModule, _NormBase):
         if torch.compiler.is_compiling():
             output = None
             if tracing.ops_allowed(input):
-                output = tracing.batch_norm_leaky_relu(self, self.negative_slope, input)
+                behind = ("leaky_relu", {"negative_slope": self.negative_slope}, 0.0)
+                output = tracing.batch_norm_act(self, behind, input)
             return self._plain(input) if output is None else output
         fits = self.__dict__.get("_cache")
         if fits is None:

@@ -8,7 +8,7 @@ module's options and hooks say is read when the run is called.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,8 +16,15 @@ from .layers import BatchNormLeakyReLU, LinearReLU
 
 PLAIN = ""
 LINEAR_RELU = "linear_relu"
+LINEAR_ACT = "linear_act"
 BATCH_NORM_LEAKY_RELU = "batch_norm_leaky_relu"
+BATCH_NORM_ACT = "batch_norm_act"
+LINEAR_BATCH_NORM_ACT = "linear_batch_norm_act"
 RESEARCH_NET = "research_net"
+
+AFTER_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh)
+AFTER_BATCH_NORM = (nn.ReLU, nn.LeakyReLU)
+BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +34,7 @@ class Run:
     Attributes:
         op: the op's name; PLAIN for one module that runs as itself.
         modules: the modules in order.
-        parts: for RESEARCH_NET, the shorter runs it consists of.
+        parts: for RESEARCH_NET and LINEAR_BATCH_NORM_ACT, the shorter runs it consists of.
     """
 
     op: str
@@ -43,13 +50,25 @@ def find_runs(modules: Sequence[nn.Module]) -> list[Run]:
     while start < len(short):
         length = _network_length(short, start)
         if length:
-            parts = tuple(short[start : start + length])
-            flat = tuple([module for part in parts for module in part.modules])
-            runs.append(Run(RESEARCH_NET, flat, parts))
+            *parts, last = short[start : start + length]
+            linear, *rest = last.modules
+            runs.append(_joined(RESEARCH_NET, (*parts, Run(PLAIN, (linear,)))))
+            runs += [Run(PLAIN, (module,)) for module in rest]
+        elif _is_linear(short[start]) and _is_batch_norm(short[start + 1 : start + 2]):
+            length = 2
+            runs.append(_joined(LINEAR_BATCH_NORM_ACT, tuple(short[start : start + 2])))
         else:
-            runs.append(short[start])
-        start += length or 1
+            length = 1
+            run = short[start]
+            # A batch norm by itself is torch's; behind a Linear it is part of the run.
+            alone = run.op == BATCH_NORM_ACT and len(run.modules) == 1
+            runs.append(replace(run, op=PLAIN) if alone else run)
+        start += length
     return runs
+
+
+def _joined(op: str, parts: tuple[Run, ...]) -> Run:
+    return Run(op, tuple([module for part in parts for module in part.modules]), parts)
 
 
 def _short_runs(modules: Sequence[nn.Module]) -> list[Run]:
@@ -58,29 +77,52 @@ def _short_runs(modules: Sequence[nn.Module]) -> list[Run]:
     start = 0
     while start < len(modules):
         op, length = PLAIN, 1
-        following = kinds[start + 1 : start + 3]
-        if kinds[start] is nn.Linear and following[:1] == [nn.ReLU]:
-            op, length = LINEAR_RELU, 3 if following[1:] == [nn.Dropout] else 2
-        elif kinds[start] in (nn.BatchNorm1d, nn.SyncBatchNorm) and following[:1] == [nn.LeakyReLU]:
-            op, length = BATCH_NORM_LEAKY_RELU, 2
-        elif kinds[start] is LinearReLU:
+        kind, following = kinds[start], kinds[start + 1 : start + 3]
+        if kind is nn.Linear:
+            length = _length(following, AFTER_LINEAR)
+            if length > 1:
+                op = LINEAR_RELU if following[0] is nn.ReLU else LINEAR_ACT
+        elif kind in BATCH_NORMS:
+            length = _length(following, AFTER_BATCH_NORM)
+            leaky = length == 2 and following[0] is nn.LeakyReLU
+            op = BATCH_NORM_LEAKY_RELU if leaky else BATCH_NORM_ACT
+        elif kind is LinearReLU:
             op = LINEAR_RELU
-        elif kinds[start] is BatchNormLeakyReLU:
+        elif kind is BatchNormLeakyReLU:
             op = BATCH_NORM_LEAKY_RELU
         runs.append(Run(op, tuple(modules[start : start + length])))
         start += length
     return runs
 
 
+def _length(following: Sequence[type], activations: Sequence[type]) -> int:
+    """Return how long a run of a layer, an activation and dropout is, the last two if there."""
+    length = 1 + (following[:1] != [] and following[0] in activations)
+    return length + (following[length - 1 : length] == [nn.Dropout])
+
+
+def _is_linear(run: Run) -> bool:
+    return run.op == PLAIN and type(run.modules[0]) is nn.Linear
+
+
+def _is_batch_norm(runs: Sequence[Run]) -> bool:
+    return bool(runs) and type(runs[0].modules[0]) in BATCH_NORMS
+
+
 def _network_length(runs: Sequence[Run], start: int) -> int:
-    """Return how many runs from ``start`` on make a whole network; 0 when they do not."""
+    """Return how many runs from ``start`` on make a whole network; 0 when they do not.
+
+    Of the last run, the network takes the Linear alone.
+    """
     end = start
     while end < len(runs) and runs[end].op == LINEAR_RELU:
         end += 1
     tail = runs[end : end + 3]
     if (
-        [run.op for run in tail] == [PLAIN, BATCH_NORM_LEAKY_RELU, PLAIN]
-        and type(tail[0].modules[0]) is nn.Linear
+        [run.op for run in tail[:2]] == [PLAIN, BATCH_NORM_LEAKY_RELU]
+        and _is_linear(tail[0])
+        and len(tail) == 3
+        and tail[2].op in (PLAIN, LINEAR_ACT)
         and type(tail[2].modules[0]) is nn.Linear
     ):
         return end + 3 - start

@@ -10,7 +10,16 @@ from torch.compiler import is_compiling
 from . import tracing
 from .cache import CachingModule
 from .groups import ResearchNetGroup, Step, make_step
-from .patterns import BATCH_NORM_LEAKY_RELU, LINEAR_RELU, RESEARCH_NET, Run, find_runs
+from .patterns import (
+    BATCH_NORM_ACT,
+    BATCH_NORM_LEAKY_RELU,
+    LINEAR_ACT,
+    LINEAR_BATCH_NORM_ACT,
+    LINEAR_RELU,
+    RESEARCH_NET,
+    Run,
+    find_runs,
+)
 from .prepared import PreparedNet
 
 
@@ -40,12 +49,14 @@ class _Plan:
 class FusedSequential(CachingModule, nn.Sequential):
     """An ``nn.Sequential`` that computes runs of its children in fused ops.
 
-    Fused are Linear+ReLU, with or without Dropout; BatchNorm1d+LeakyReLU; and a whole network of
-    any number of the first, Linear+BatchNorm1d+LeakyReLU and Linear. Every other module runs as
-    itself. The children are ordinary modules and the single source of truth: options, hooks,
-    parametrizations and replaced children take effect at the next call, and whatever a fused op
-    would not compute the same way (a hooked child, autocast, ``torch.func``, forward-mode AD, a
-    tensor subclass, an input that does not fit) runs the plain modules.
+    Fused are Linear with ReLU, LeakyReLU, GELU, SiLU, Tanh, Dropout or both behind it; BatchNorm1d
+    with ReLU, LeakyReLU, Dropout or both behind it, and where a Linear stands before it, one op of
+    all in evaluation; a whole network of any number of Linear+ReLU, with or without Dropout,
+    Linear+BatchNorm1d+LeakyReLU and Linear. Every other module runs as itself. The children are
+    ordinary modules and the single source of truth: options, hooks, parametrizations and replaced
+    children take effect at the next call, and whatever a fused op would not compute the same way
+    (a hooked child, autocast, ``torch.func``, forward-mode AD, a tensor subclass, an input that
+    does not fit) runs the plain modules.
 
     Args:
         args: modules, or one ``OrderedDict`` of them, as ``nn.Sequential`` takes them.
@@ -123,10 +134,13 @@ def _trace(run: Run, input: Any) -> Any:
             p = [_probability(part) for part in hidden]
             slope: Any = norm.modules[-1].negative_slope
             output = tracing.research_net(linears, p, norm.modules[0], slope, input)
-        elif run.op == LINEAR_RELU and len(modules) > 1:
-            output = tracing.linear_relu(modules[0], _probability(run), input)
-        elif run.op == BATCH_NORM_LEAKY_RELU and len(modules) > 1:
-            output = tracing.batch_norm_leaky_relu(modules[0], modules[1].negative_slope, input)
+        elif run.op in (LINEAR_RELU, LINEAR_ACT) and len(modules) > 1:
+            output = tracing.linear_act(modules[0], tracing.read_behind(modules[1:]), input)
+        elif run.op == BATCH_NORM_ACT or (run.op == BATCH_NORM_LEAKY_RELU and len(modules) > 1):
+            output = tracing.batch_norm_act(modules[0], tracing.read_behind(modules[1:]), input)
+        elif run.op == LINEAR_BATCH_NORM_ACT:
+            linear, norm, *rest = modules
+            output = tracing.linear_batch_norm_act(linear, norm, tracing.read_behind(rest), input)
     if output is not None:
         return output
     if run.parts:

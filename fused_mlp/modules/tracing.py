@@ -14,8 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from .. import backends
 from ..ops._common import FLOATING
 from .norm import SynchronizedForward
+
+# The name of an activation, its options, the probability of dropout.
+Behind = tuple[str, dict[str, Any], float]
+
+
+def read_behind(modules: Sequence[Any]) -> Behind:
+    """Return what an activation and a dropout layer compute now; either of them may lack."""
+    name, p = "none", 0.0
+    options: dict[str, Any] = {}
+    for module in modules:
+        if type(module) is nn.Dropout:
+            p = float(module.p) if module.training else 0.0
+        elif type(module) is nn.LeakyReLU:
+            name, options = "leaky_relu", {"negative_slope": module.negative_slope}
+        elif type(module) is nn.GELU:
+            name, options = "gelu", {"approximate": module.approximate}
+        else:
+            name = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}[type(module)]
+    return name, options, p
 
 
 def ops_allowed(input: Any) -> bool:
@@ -48,25 +68,63 @@ def hooked(modules: Iterable[Any]) -> bool:
     )
 
 
-def linear_relu(linear: Any, p: float, input: Tensor) -> Tensor | None:
-    """Return dropout(relu(linear(input)))."""
+@torch.compiler.assume_constant_result  # asked once a graph, not traced
+def _has_kernel(op: str, device: str) -> bool:
+    return backends.has_kernel(op, device)
+
+
+def linear_act(linear: Any, behind: Behind, input: Tensor) -> Tensor | None:
+    """Return dropout(activation(linear(input)))."""
     weight, bias = linear.weight, linear.bias
     if input.dim() == 0 or not _chained(input, weight, bias, input.shape[-1]):
         return None
-    return torch.ops.fused_mlp.linear_relu(input, weight, bias, p)
+    name, options, p = behind
+    if name == "relu":
+        return torch.ops.fused_mlp.linear_relu(input, weight, bias, p)
+    if not _has_kernel("linear_act", input.device.type):
+        return None
+    return torch.ops.fused_mlp.linear_act(input, weight, bias, name, dropout_p=p, **options)
 
 
-def batch_norm_leaky_relu(norm: Any, negative_slope: float, input: Tensor) -> Tensor | None:
-    """Return leaky_relu(norm(input))."""
+def batch_norm_act(norm: Any, behind: Behind, input: Tensor) -> Tensor | None:
+    """Return dropout(activation(norm(input)))."""
     state = _norm_state(norm)
     if state is None or input.dim() not in (2, 3) or input.shape[1] != norm.num_features:
         return None
     running_mean, running_var, tracked, training = state
     if training and input.numel() <= input.shape[1]:
         return None
-    return torch.ops.fused_mlp.batch_norm_leaky_relu(
+    arguments = (
         input, running_mean, running_var, norm.weight, norm.bias, training, norm.momentum or 0.0,
-        norm.eps, negative_slope, num_batches_tracked=tracked,
+        norm.eps,
+    )  # fmt: skip
+    name, options, p = behind
+    if name == "leaky_relu" and p == 0:
+        return torch.ops.fused_mlp.batch_norm_leaky_relu(
+            *arguments, options["negative_slope"], num_batches_tracked=tracked
+        )
+    if (name != "none" or p) and not _has_kernel("batch_norm_act", input.device.type):
+        return None
+    return torch.ops.fused_mlp.batch_norm_act(
+        *arguments, name, dropout_p=p, num_batches_tracked=tracked, **options
+    )
+
+
+def linear_batch_norm_act(linear: Any, norm: Any, behind: Behind, input: Tensor) -> Tensor | None:
+    """Return dropout(activation(norm(linear(input)))) in evaluation."""
+    weight, bias = linear.weight, linear.bias
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return None
+    if input.dim() != 2 or not _chained(input, weight, bias, input.shape[1]):
+        return None
+    if weight.shape[0] != norm.num_features:
+        return None
+    if not _has_kernel("linear_batch_norm_act", input.device.type):
+        return None
+    name, options, p = behind
+    return torch.ops.fused_mlp.linear_batch_norm_act(
+        input, weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps,
+        name, dropout_p=p, **options,
     )  # fmt: skip
 
 

@@ -60,6 +60,11 @@ KERNEL_SCHEMAS = {
         " bool training, int activation, float negative_slope, float dropout_p, Tensor? seed,"
         " bool[] output_mask) -> Tensor[]"
     ),
+    "linear_batch_norm_act": (
+        "(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var,"
+        " Tensor? bn_weight, Tensor? bn_bias, float eps, int activation, float negative_slope,"
+        " float dropout_p, Tensor? seed) -> Tensor"
+    ),
     "research_net": (
         "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
@@ -113,6 +118,11 @@ PUBLIC_SCHEMAS = {
         " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05,"
         " str activation='none', *, float negative_slope=0.01, float dropout_p=0.,"
         " Tensor? seed=None, Tensor(c!)? num_batches_tracked=None) -> Tensor"
+    ),
+    "linear_batch_norm_act": (
+        "(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var,"
+        " Tensor? bn_weight=None, Tensor? bn_bias=None, float eps=1e-05, str activation='none', *,"
+        " float negative_slope=0.01, float dropout_p=0., Tensor? seed=None) -> Tensor"
     ),
     "research_net": (
         "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"

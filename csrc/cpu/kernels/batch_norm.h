@@ -1,8 +1,9 @@
-// What batch_norm_leaky_relu and research_net share: statistics to coefficients and back.
+// What batch_norm_act and research_net share: statistics to coefficients and back.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/rows.h"
+#include "cpu/parallel.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
@@ -16,7 +17,7 @@ struct Affine {
 };
 
 // Training: turns means and m2s of `count` values into mean and rstd and updates the running
-// statistics. `Op` is BatchNormLeakyReLU or ResearchNet.
+// statistics. `Op` is BatchNormAct or ResearchNet.
 template <class T, class Op>
 inline void finish_statistics(const Op& op, int64_t channels, double count, const double* mean,
                               const double* m2, T* out_mean, T* out_rstd) {
@@ -63,6 +64,28 @@ inline void make_affine(const T* mean, const T* rstd, ChannelVector weight, Chan
     to.mean[c] = c < channels ? mean[c] : T(0);
     to.scale[c] *= c < channels ? rstd[c] : T(0);
   }
+}
+
+template <class T>
+FUSED_MLP_INLINE Vec<T> normalized(Vec<T> x, const Affine<T>& affine, int64_t c) {
+  return (x - load_raw(affine.mean + c)) * load_raw(affine.scale + c) + load_raw(affine.shift + c);
+}
+
+// The coefficients of a batch norm in evaluation, in three arrays of `room` >= channels elements.
+// Behind a product that adds `bias`, unless it is null, the mean is taken off that: a large one
+// then costs the product no digits.
+template <class T>
+inline Affine<T> evaluated(const EvaluatedNorm& norm, int64_t channels, int64_t room, T* arrays,
+                           T* bias) {
+  const Affine<T> affine = {arrays, arrays + room, arrays + 2 * room};
+  Temporary<T> rstd(channels);
+  running_statistics<T>(norm, channels, affine.mean, rstd.data());
+  make_affine<T>(affine.mean, rstd.data(), norm.weight, norm.bias, channels, room, affine);
+  for (int64_t c = 0; bias && c < channels; ++c) {
+    bias[c] -= affine.mean[c];
+    affine.mean[c] = 0;
+  }
+  return affine;
 }
 
 // The input gradient's coefficients: dx = k1 * du - k2 - (x - mean) * k3, from the sums of du and

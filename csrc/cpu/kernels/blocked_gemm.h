@@ -7,7 +7,6 @@
 #pragma once
 
 #include "cpu/kernels/chunks.h"
-#include "cpu/kernels/dropout.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/rows.h"
 
@@ -66,26 +65,8 @@ FUSED_MLP_INLINE void finish_rows(const Compute<S>* block, int64_t stride, int64
   }
 }
 
-// ReLU and dropout of a block that begins at (row, column) of the result.
-template <class S>
-void finish_relu_dropout(const Dropout& dropout, int64_t row, int64_t rows, int64_t column,
-                         int64_t columns, const Compute<S>* block, int64_t stride, S* to,
-                         int64_t leading) {
-  using T = Compute<S>;
-  if (!dropout.active()) {
-    finish_rows<S>(block, stride, rows, columns, to, leading,
-                   [](Vec<T> y, int64_t, int64_t, int) { return relu<T>(y); });
-    return;
-  }
-  alignas(64) uint8_t mask[kGemmRows * kGemmWidth<float> / 8 + 64];
-  draw_mask(dropout, row, rows, column, columns, mask);
-  const Vec<T> kept = splat(static_cast<T>(dropout.scale()));
-  finish_rows<S>(block, stride, rows, columns, to, leading,
-                 [&](Vec<T> y, int64_t r, int64_t c, int) {
-                   const auto bits = mask_lanes<T>(mask + r * mask_bytes(columns), c);
-                   return relu<T>(y) * select<T>(bits, kept, Vec<T>{});
-                 });
-}
+// Bytes for the dropout mask of a block.
+constexpr int64_t kBlockMask = kGemmRows * kGemmWidth<float> / 8 + 64;
 
 // The right operand, `depth` x `columns`: panels packed beforehand, or each when it is needed where
 // there is one block of rows and nothing gained by keeping them. It is a weight[columns, depth] if

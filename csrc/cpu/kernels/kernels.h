@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
+
 namespace fused_mlp {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -13,48 +15,10 @@ struct Dropout {
   double p = 0;
   const int64_t* seed = nullptr;
   uint32_t stream = 0;
+  bool scaled = true;  // false where something else multiplies what is kept
 
   bool active() const { return seed != nullptr && p > 0; }
-  double scale() const { return p < 1 ? 1 / (1 - p) : 0; }
-};
-
-struct LinearReLU {
-  DType dtype;
-  int64_t rows, in_features, out_features;
-  const void* input;  // [rows, in_features]
-  int64_t input_stride;
-  const void* weight;  // [out_features, in_features]
-  int64_t weight_stride;
-  const void* bias;  // [out_features] or null
-  Dropout dropout;
-  void* output;  // [rows, out_features]; read by backward
-};
-
-struct LinearReLUBackward {
-  LinearReLU forward;
-  const void* grad_output;  // [rows, out_features]
-  void* grad_input;         // any of the three may be null
-  void* grad_weight;
-  void* grad_bias;
-};
-
-// In place on `output` (a product with the bias added): ReLU and dropout.
-struct ReLUDropout {
-  DType dtype;
-  int64_t rows, columns;
-  void* output;
-  Dropout dropout;
-};
-
-// grad = grad_output / (1 - p) where output > 0, else 0; bias gets its column sums unless null.
-struct ReLUDropoutBackward {
-  DType dtype;
-  int64_t rows, columns;
-  const void* output;
-  const void* grad_output;
-  double scale;
-  void* grad;
-  void* grad_bias;
+  double scale() const { return !scaled ? 1 : p < 1 ? 1 / (1 - p) : 0; }
 };
 
 // One value a channel, of the input's dtype or float32; null stands for `none`.
@@ -64,24 +28,97 @@ struct ChannelVector {
   int64_t stride = 1;
 };
 
+// What stands behind a product or a batch norm: an activation and dropout.
+struct ActDropout {
+  Activation activation = Activation::kNone;
+  double negative_slope = 0;
+  Dropout dropout;
+
+  // ReLU's gradient needs no mask: its output is 0 where an element was dropped.
+  bool masks_gradient() const { return dropout.active() && activation != Activation::kReLU; }
+  // Without an exponential.
+  bool derives_cheaply() const {
+    return activation < Activation::kGELU || activation == Activation::kTanh;
+  }
+};
+
+// A batch norm in evaluation between a product and its activation; none without statistics.
+struct EvaluatedNorm {
+  ChannelVector running_mean, running_var, weight, bias;
+  double eps = 0;
+
+  bool active() const { return running_mean.data != nullptr; }
+};
+
+struct LinearAct {
+  DType dtype;
+  int64_t rows, in_features, out_features;
+  const void* input;  // [rows, in_features]
+  int64_t input_stride;
+  const void* weight;  // [out_features, in_features]
+  int64_t weight_stride;
+  const void* bias;  // [out_features] or null
+  EvaluatedNorm norm;
+  ActDropout act;
+  void* output;  // [rows, out_features]
+  void* seen;    // [rows, out_features], what the activation saw; may be null
+
+  // Whether bfloat16's own products serve it, where the machine has them: they know ReLU alone.
+  bool in_bfloat16() const {
+    return dtype == DType::kBFloat16 && act.activation == Activation::kReLU && !norm.active() &&
+           seen == nullptr;
+  }
+};
+
+struct LinearActBackward {
+  LinearAct forward;
+  const void* kept;         // the forward's output, or `seen`, as the activation needs; may be null
+  const void* grad_output;  // [rows, out_features]
+  void* grad_input;         // any of the three may be null
+  void* grad_weight;
+  void* grad_bias;
+};
+
+// output = dropout(activation(norm(input))), in place or not.
+struct ActDropoutPass {
+  DType dtype;
+  int64_t rows, columns;
+  EvaluatedNorm norm;
+  ActDropout act;
+  const void* input;
+  void* output;
+};
+
+// grad = the gradient of what the activation saw; grad_bias gets its column sums unless null.
+struct ActDropoutPassBackward {
+  DType dtype;
+  int64_t rows, columns;
+  ActDropout act;
+  const void* kept;  // as in LinearActBackward
+  const void* grad_output;
+  void* grad;
+  void* grad_bias;
+};
+
 // Input as [batches, channels, length], length 1 for a 2-D input. mean and rstd are written, in the
 // compute type (double for float64, else float).
-struct BatchNormLeakyReLU {
+struct BatchNormAct {
   DType dtype;
   int64_t batches, channels, length;
   const void* input;
   ChannelVector running_mean, running_var, weight, bias;
   int64_t* num_batches_tracked;
-  bool training;
+  bool training, rectify;  // ReLU in place of LeakyReLU
   double momentum, eps, negative_slope;
+  double scale;  // of the output: a dropout's, whose mask comes in a pass of its own
   void* output;
   void* mean;
   void* rstd;
 };
 
 // Reads the forward's mean, rstd, weight and bias; output and running statistics are not used.
-struct BatchNormLeakyReLUBackward {
-  BatchNormLeakyReLU forward;
+struct BatchNormActBackward {
+  BatchNormAct forward;
   const void* grad_output;
   void* grad_input;  // any of the three may be null
   ChannelVector grad_weight, grad_bias;
@@ -189,12 +226,12 @@ struct Kernels {
   bool wide;
   // Whether bfloat16 has products of its own, at any width (kernels/bfloat16/).
   bool bfloat16;
-  void (*linear_relu)(const LinearReLU&);
-  void (*linear_relu_backward)(const LinearReLUBackward&);
-  void (*relu_dropout)(const ReLUDropout&);
-  void (*relu_dropout_backward)(const ReLUDropoutBackward&);
-  void (*batch_norm_leaky_relu)(const BatchNormLeakyReLU&);
-  void (*batch_norm_leaky_relu_backward)(const BatchNormLeakyReLUBackward&);
+  void (*linear_act)(const LinearAct&);
+  void (*linear_act_backward)(const LinearActBackward&);
+  void (*act_dropout)(const ActDropoutPass&);
+  void (*act_dropout_backward)(const ActDropoutPassBackward&);
+  void (*batch_norm_act)(const BatchNormAct&);
+  void (*batch_norm_act_backward)(const BatchNormActBackward&);
   void (*normalize)(const Normalize&);
   void (*normalize_backward)(const NormalizeBackward&);
   int64_t (*research_net_saved_numel)(const ResearchNet&);

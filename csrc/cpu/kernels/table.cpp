@@ -8,12 +8,12 @@
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
-void linear_relu(const LinearReLU&);
-void linear_relu_backward(const LinearReLUBackward&);
-void relu_dropout(const ReLUDropout&);
-void relu_dropout_backward(const ReLUDropoutBackward&);
-void batch_norm_leaky_relu(const BatchNormLeakyReLU&);
-void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward&);
+void linear_act(const LinearAct&);
+void linear_act_backward(const LinearActBackward&);
+void act_dropout(const ActDropoutPass&);
+void act_dropout_backward(const ActDropoutPassBackward&);
+void batch_norm_act(const BatchNormAct&);
+void batch_norm_act_backward(const BatchNormActBackward&);
 void normalize(const Normalize&);
 void normalize_backward(const NormalizeBackward&);
 int64_t research_net_saved_numel(const ResearchNet&);
@@ -30,12 +30,12 @@ extern const Kernels kKernels = {
     .isa = FUSED_MLP_STRING(FUSED_MLP_ISA),
     .wide = FUSED_MLP_VECTOR_BYTES >= 32,
     .bfloat16 = false,
-    .linear_relu = linear_relu,
-    .linear_relu_backward = linear_relu_backward,
-    .relu_dropout = relu_dropout,
-    .relu_dropout_backward = relu_dropout_backward,
-    .batch_norm_leaky_relu = batch_norm_leaky_relu,
-    .batch_norm_leaky_relu_backward = batch_norm_leaky_relu_backward,
+    .linear_act = linear_act,
+    .linear_act_backward = linear_act_backward,
+    .act_dropout = act_dropout,
+    .act_dropout_backward = act_dropout_backward,
+    .batch_norm_act = batch_norm_act,
+    .batch_norm_act_backward = batch_norm_act_backward,
     .normalize = normalize,
     .normalize_backward = normalize_backward,
     .research_net_saved_numel = research_net_saved_numel,

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/bfloat16/gemm.h"
 #include "cpu/kernels/blocked_gemm.h"
+#include "cpu/kernels/dropout.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 

@@ -16,7 +16,7 @@ FUSED_MLP_INLINE __m256i pass_positive(__m256i grad, __m256i output) {
 
 }  // namespace
 
-void linear_relu_bfloat16(const LinearReLU& op) {
+void linear_relu_bfloat16(const LinearAct& op) {
   const int64_t in = op.in_features, out = op.out_features, room = round_up(out, kPairPanel);
   PairPanels weight(op.weight, op.weight_stride, in, out, true);
   const int64_t packed_size = weight.packed_size(op.rows);
@@ -28,18 +28,18 @@ void linear_relu_bfloat16(const LinearReLU& op) {
                   load_pairs(static_cast<const BFloat16*>(op.input), op.input_stride),
                   [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* block,
                       int64_t stride) {
-                    store_relu_dropout(op.dropout, row, rows, column, columns, block, stride,
+                    store_relu_dropout(op.act.dropout, row, rows, column, columns, block, stride,
                                        static_cast<BFloat16*>(op.output) + row * out + column, out);
                   });
 }
 
-void linear_relu_bfloat16_backward(const LinearReLUBackward& op) {
-  const LinearReLU& net = op.forward;
+void linear_relu_bfloat16_backward(const LinearActBackward& op) {
+  const LinearAct& net = op.forward;
   const int64_t in = net.in_features, out = net.out_features;
   const BFloat16* grad = static_cast<const BFloat16*>(op.grad_output);
-  const BFloat16* output = static_cast<const BFloat16*>(net.output);
+  const BFloat16* output = static_cast<const BFloat16*>(op.kept);
   // What dropout scales by is left to the sums: the gradients themselves need no rounding.
-  const float scale = static_cast<float>(net.dropout.scale());
+  const float scale = static_cast<float>(net.act.dropout.scale());
   const auto load_grad = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, Pair* to,
                              int64_t stride) {
     for (int64_t r = 0; r < rows; r += 2, to += stride) {

@@ -4,8 +4,8 @@
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
-void linear_relu_bfloat16(const LinearReLU&);
-void linear_relu_bfloat16_backward(const LinearReLUBackward&);
+void linear_relu_bfloat16(const LinearAct&);
+void linear_relu_bfloat16_backward(const LinearActBackward&);
 int64_t research_net_bfloat16_saved_numel(const ResearchNet&);
 void research_net_bfloat16(const ResearchNet&);
 void research_net_bfloat16_backward(const ResearchNetBackward&);
@@ -22,11 +22,13 @@ Kernels make_kernels() {
   Kernels kernels = avx512::kKernels;
   kernels.isa = "avx512_bf16";
   kernels.bfloat16 = true;
-  kernels.linear_relu = [](const LinearReLU& op) {
-    choose<linear_relu_bfloat16, &Kernels::linear_relu>(op, op.dtype);
+  // The other activations keep to AVX-512's, and beyond the cache to the library's product.
+  kernels.linear_act = [](const LinearAct& op) {
+    op.in_bfloat16() ? linear_relu_bfloat16(op) : avx512::kKernels.linear_act(op);
   };
-  kernels.linear_relu_backward = [](const LinearReLUBackward& op) {
-    choose<linear_relu_bfloat16_backward, &Kernels::linear_relu_backward>(op, op.forward.dtype);
+  kernels.linear_act_backward = [](const LinearActBackward& op) {
+    op.forward.in_bfloat16() ? linear_relu_bfloat16_backward(op)
+                             : avx512::kKernels.linear_act_backward(op);
   };
   kernels.research_net_saved_numel = [](const ResearchNet& op) {
     return choose<research_net_bfloat16_saved_numel, &Kernels::research_net_saved_numel>(op,

@@ -1,4 +1,4 @@
-// BatchNorm1d and LeakyReLU over [N, C] or [N, C, L].
+// BatchNorm1d and ReLU or LeakyReLU, with slope 1 neither, over [N, C] or [N, C, L].
 
 #include "cpu/kernels/batch_norm.h"
 
@@ -8,16 +8,26 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
+// The activation: ReLU or LeakyReLU.
 template <class T>
-FUSED_MLP_INLINE Vec<T> normalized(Vec<T> x, const Affine<T>& affine, int64_t c) {
-  return (x - load_raw(affine.mean + c)) * load_raw(affine.scale + c) + load_raw(affine.shift + c);
-}
+struct Gate {
+  bool rectify;
+  Vec<T> slope, scale;
 
-// du, the gradient of what LeakyReLU saw; u is computed as forward did, so the gate agrees.
-template <class T>
-FUSED_MLP_INLINE Vec<T> gated(Vec<T> u, Vec<T> grad, Vec<T> slope) {
-  return select<T>(u > Vec<T>{}, grad, grad * slope);
-}
+  explicit Gate(const BatchNormAct& op)
+      : rectify(op.rectify),
+        slope(splat(static_cast<T>(op.negative_slope))),
+        scale(splat(static_cast<T>(op.scale))) {}
+  FUSED_MLP_INLINE Vec<T> value(Vec<T> u) const {
+    return (rectify ? relu<T>(u) : leaky_relu<T>(u, slope)) * scale;
+  }
+  // du, the gradient of what it saw; u is computed as forward did, so they agree.
+  FUSED_MLP_INLINE Vec<T> gradient(Vec<T> u, Vec<T> grad) const {
+    grad *= scale;
+    return rectify ? select<T>(u <= Vec<T>{}, Vec<T>{}, grad)
+                   : select<T>(u > Vec<T>{}, grad, grad * slope);
+  }
+};
 
 template <class T>
 struct Coefficients {
@@ -51,7 +61,7 @@ Coefficients<T> repeat_all(const Coefficients<T>& from, const Folded& shape, Are
 }
 
 template <class S>
-void channel_moments(const BatchNormLeakyReLU& op, double* mean, double* m2) {
+void channel_moments(const BatchNormAct& op, double* mean, double* m2) {
   const S* x = static_cast<const S*>(op.input);
   if (op.length == 1) return column_moments(x, op.batches, op.channels, mean, m2);
   const int64_t work = larger(1, op.batches * op.length * kPassCost);
@@ -68,7 +78,7 @@ void channel_moments(const BatchNormLeakyReLU& op, double* mean, double* m2) {
 }
 
 template <class S>
-void forward(const BatchNormLeakyReLU& op) {
+void forward(const BatchNormAct& op) {
   using T = Compute<S>;
   const int64_t channels = op.channels;
   const Folded shape = Folded::of<T>(op.batches, channels);
@@ -88,7 +98,7 @@ void forward(const BatchNormLeakyReLU& op) {
     running_statistics<T>(op, channels, mean, rstd);
   }
   make_affine<T>(mean, rstd, op.weight, op.bias, channels, room, k.affine);
-  const Vec<T> slope = splat(static_cast<T>(op.negative_slope));
+  const Gate<T> act(op);
   const S* x = static_cast<const S*>(op.input);
   S* y = static_cast<S*>(op.output);
   if (op.length == 1) {
@@ -100,7 +110,7 @@ void forward(const BatchNormLeakyReLU& op) {
         for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
           const int64_t i = row * shape.columns + c;
           const Vec<T> u = normalized(load_up_to(x + i, width), k.affine, c);
-          store_result(y + i, leaky_relu<T>(u, slope), width, past);
+          store_result(y + i, act.value(u), width, past);
         });
       }
     });
@@ -113,7 +123,7 @@ void forward(const BatchNormLeakyReLU& op) {
       for_vectors<T>(op.length, [&](int64_t c, int width) {
         const int64_t i = row * op.length + c;
         const Vec<T> u = (load_up_to(x + i, width) - centre) * scale + shift;
-        store_up_to(y + i, leaky_relu<T>(u, slope), width);
+        store_up_to(y + i, act.value(u), width);
       });
     }
   });
@@ -121,8 +131,8 @@ void forward(const BatchNormLeakyReLU& op) {
 
 // sum = sum of du, sum_x = sum of du * (x - mean), a channel of [batches, channels, length] a task.
 template <class S>
-void channel_sums(const BatchNormLeakyReLU& op, const S* grad, const Affine<Compute<S>>& affine,
-                  Vec<Compute<S>> slope, double* sum, double* sum_x) {
+void channel_sums(const BatchNormAct& op, const S* grad, const Affine<Compute<S>>& affine,
+                  const Gate<Compute<S>>& act, double* sum, double* sum_x) {
   using T = Compute<S>;
   const S* x = static_cast<const S*>(op.input);
   const int64_t work = larger(1, op.batches * op.length * 2 * kPassCost);
@@ -138,7 +148,7 @@ void channel_sums(const BatchNormLeakyReLU& op, const S* grad, const Affine<Comp
           for_vectors<T>(smaller(kSpan, op.length - first), [&](int64_t c, int width) {
             const int64_t i = start + first + c;
             const Vec<T> centred = load_up_to(x + i, width) - mean;
-            const Vec<T> du = gated<T>(centred * scale + shift, load_up_to(grad + i, width), slope);
+            const Vec<T> du = act.gradient(centred * scale + shift, load_up_to(grad + i, width));
             block += du;
             // Lanes past the end hold du = 0 but centred = -mean: their product is 0 but for an
             // infinite mean, which spoils the channel anyway.
@@ -153,9 +163,9 @@ void channel_sums(const BatchNormLeakyReLU& op, const S* grad, const Affine<Comp
 }
 
 template <class S>
-void backward(const BatchNormLeakyReLUBackward& op) {
+void backward(const BatchNormActBackward& op) {
   using T = Compute<S>;
-  const BatchNormLeakyReLU& norm = op.forward;
+  const BatchNormAct& norm = op.forward;
   const int64_t channels = norm.channels;
   const Folded shape = Folded::of<T>(norm.batches, channels);
   const int64_t room = round_up(larger(channels, shape.columns), kLanes<T>);
@@ -166,7 +176,7 @@ void backward(const BatchNormLeakyReLUBackward& op) {
   const T* rstd = static_cast<const T*>(norm.rstd);
   make_affine<T>(static_cast<const T*>(norm.mean), rstd, norm.weight, norm.bias, channels, room,
                  k.affine);
-  const Vec<T> slope = splat(static_cast<T>(norm.negative_slope));
+  const Gate<T> act(norm);
   const S* x = static_cast<const S*>(norm.input);
   const S* grad = static_cast<const S*>(op.grad_output);
   const bool flat = norm.length == 1;
@@ -178,12 +188,12 @@ void backward(const BatchNormLeakyReLUBackward& op) {
           [&](int64_t i, int64_t c, int width) -> Terms<T> {
             const Vec<T> value = load_up_to(x + i, width);
             const Vec<T> u = normalized(value, wide.affine, c);
-            const Vec<T> du = gated<T>(u, load_up_to(grad + i, width), slope);
+            const Vec<T> du = act.gradient(u, load_up_to(grad + i, width));
             return {du, du * (value - load_raw(wide.affine.mean + c))};
           },
           sum, sum_x);
     } else {
-      channel_sums(norm, grad, k.affine, slope, sum, sum_x);
+      channel_sums(norm, grad, k.affine, act, sum, sum_x);
     }
   }
   const double count = static_cast<double>(norm.batches) * static_cast<double>(norm.length);
@@ -207,7 +217,7 @@ void backward(const BatchNormLeakyReLUBackward& op) {
           const int64_t i = row * shape.columns + c;
           const Vec<T> value = load_up_to(x + i, width);
           const Vec<T> du =
-              gated<T>(normalized(value, wide.affine, c), load_up_to(grad + i, width), slope);
+              act.gradient(normalized(value, wide.affine, c), load_up_to(grad + i, width));
           const Vec<T> centred = value - load_raw(wide.affine.mean + c);
           const Vec<T> result = du * load_raw(wide.affine.scale + c) - load_raw(wide.k2 + c) -
                                 centred * load_raw(wide.k3 + c);
@@ -225,8 +235,8 @@ void backward(const BatchNormLeakyReLUBackward& op) {
           for_vectors<T>(norm.length, [&](int64_t c, int width) {
             const int64_t i = row * norm.length + c;
             const Vec<T> centred = load_up_to(x + i, width) - k.affine.mean[channel];
-            const Vec<T> du = gated<T>(centred * scale + k.affine.shift[channel],
-                                       load_up_to(grad + i, width), slope);
+            const Vec<T> du = act.gradient(centred * scale + k.affine.shift[channel],
+                                           load_up_to(grad + i, width));
             store_up_to(dx + i, du * scale - k2 - centred * k3, width);
           });
         }
@@ -235,10 +245,10 @@ void backward(const BatchNormLeakyReLUBackward& op) {
 
 }  // namespace
 
-void batch_norm_leaky_relu(const BatchNormLeakyReLU& op) {
+void batch_norm_act(const BatchNormAct& op) {
   dispatch(op.dtype, [&](auto element) { forward<decltype(element)>(op); });
 }
-void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward& op) {
+void batch_norm_act_backward(const BatchNormActBackward& op) {
   dispatch(op.forward.dtype, [&](auto element) { backward<decltype(element)>(op); });
 }
 

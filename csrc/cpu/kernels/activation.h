@@ -1,0 +1,82 @@
+// The activations of linear_act: value and gradient of a vector, and the passes over a block that
+// stand before and after a product.
+#pragma once
+
+#include "cpu/kernels/batch_norm.h"
+#include "cpu/kernels/dropout.h"
+#include "cpu/kernels/elementary.h"
+#include "cpu/kernels/kernels.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+
+// value(x) and gradient(grad, kept): `kept` is the output for ReLU, LeakyReLU and tanh (for the
+// first two what they saw does as well), what the activation saw for GELU and SiLU. Formulas are
+// torch's, so that infinities and NaN go the same ways.
+template <class T, Activation kActivation>
+struct Act {
+  Vec<T> slope;
+
+  FUSED_MLP_INLINE Vec<T> value(Vec<T> x) const {
+    constexpr T kRoot2 = T(0.70710678118654752440);
+    if constexpr (kActivation == Activation::kReLU) {
+      return relu<T>(x);
+    } else if constexpr (kActivation == Activation::kLeakyReLU) {
+      return leaky_relu<T>(x, slope);
+    } else if constexpr (kActivation == Activation::kGELU) {
+      return x * T(0.5) * (T(1) + erf<T>(x * kRoot2));
+    } else if constexpr (kActivation == Activation::kGELUTanh) {
+      return x * T(0.5) * (T(1) + tanh<T>(kBeta * (x + kKappa * (x * x * x))));
+    } else if constexpr (kActivation == Activation::kSiLU) {
+      return x / (T(1) + exp<T>(-x));
+    } else if constexpr (kActivation == Activation::kTanh) {
+      return tanh<T>(x);
+    } else {
+      return x;
+    }
+  }
+
+  FUSED_MLP_INLINE Vec<T> gradient(Vec<T> grad, Vec<T> kept) const {
+    if constexpr (kActivation == Activation::kReLU) {
+      return select<T>(kept <= Vec<T>{}, Vec<T>{}, grad);
+    } else if constexpr (kActivation == Activation::kLeakyReLU) {
+      return select<T>(kept > Vec<T>{}, grad, grad * slope);
+    } else if constexpr (kActivation == Activation::kGELU) {
+      constexpr T kRoot2 = T(0.70710678118654752440), kDensity = T(0.39894228040143267794);
+      const Vec<T> share = T(0.5) * (T(1) + erf<T>(kept * kRoot2));
+      return grad * (share + kept * (exp<T>(kept * kept * T(-0.5)) * kDensity));
+    } else if constexpr (kActivation == Activation::kGELUTanh) {
+      const Vec<T> square = kept * kept;
+      const Vec<T> t = tanh<T>(kBeta * (kept + kKappa * (kept * square)));
+      const Vec<T> slope_of_t = kBeta * (T(1) + T(3) * kKappa * square);
+      return grad * (T(0.5) * (T(1) + t) + T(0.5) * kept * (T(1) - t * t) * slope_of_t);
+    } else if constexpr (kActivation == Activation::kSiLU) {
+      const Vec<T> share = T(1) / (T(1) + exp<T>(-kept));
+      return grad * share * (T(1) + kept * (T(1) - share));
+    } else if constexpr (kActivation == Activation::kTanh) {
+      return grad * (T(1) - kept * kept);
+    } else {
+      return grad;
+    }
+  }
+
+ private:
+  static constexpr T kBeta = T(0.79788456080286535588), kKappa = T(0.044715);
+};
+
+// Room for the mask of a block.
+inline int64_t mask_room(int64_t rows, int64_t columns) { return rows * mask_bytes(columns) + 64; }
+
+// to = dropout(activation(norm(block))). The block begins at (row, column) of the result, column a
+// multiple of 8; `to` may be the block. `norm` may be null. `mask` has `mask_room` bytes and is
+// used with dropout alone.
+template <class S>
+void finish_act(const Affine<Compute<S>>* norm, const ActDropout& act, int64_t row, int64_t rows,
+                int64_t column, int64_t columns, const Compute<S>* block, int64_t stride, S* to,
+                int64_t leading, uint8_t* mask);
+
+// to = the gradient of what the activation saw, in rows padded with zeros. `kept` as Act says.
+template <class S>
+void gate(const ActDropout& act, int64_t row, int64_t rows, int64_t columns, const S* grad_output,
+          const S* kept, int64_t leading, Compute<S>* to, int64_t stride, uint8_t* mask);
+
+}  // namespace fused_mlp::FUSED_MLP_ISA

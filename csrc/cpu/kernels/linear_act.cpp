@@ -1,0 +1,301 @@
+// Linear, an activation and dropout: in one walk over the rows where the weight stays in a core's
+// cache, as blocked products beyond. Where csrc/cpu/linear_act.cpp takes torch's matrix product,
+// only the passes at the end of this file.
+
+#include "cpu/kernels/activation.h"
+#include "cpu/kernels/blocked_gemm.h"
+#include "cpu/kernels/chunks.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/rows.h"
+#include "cpu/kernels/weight_grad.h"
+#include "cpu/parallel.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+namespace {
+
+// Elements for the coefficients of a batch norm, if there is one.
+template <class T>
+int64_t norm_room(const EvaluatedNorm& norm, int64_t channels) {
+  return norm.active() ? 3 * round_up(channels, kPanel<T>) : 0;
+}
+
+// The batch norm behind a product.
+template <class T>
+class Norm {
+ public:
+  // `bias` is the product's where it can still be changed, else null.
+  Norm(const EvaluatedNorm& norm, int64_t channels, T* arrays, T* bias) : active_(norm.active()) {
+    if (active_)
+      affine_ = evaluated<T>(norm, channels, round_up(channels, kPanel<T>), arrays, bias);
+  }
+  const Affine<T>* get() const { return active_ ? &affine_ : nullptr; }
+
+ private:
+  bool active_;
+  Affine<T> affine_{};
+};
+
+template <class S>
+void forward(const LinearAct& op) {
+  using T = Compute<S>;
+  const int64_t in = op.in_features, out = op.out_features;
+  const int64_t room = round_up(out, kPanel<T>);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(packed_numel<T>(in, out)) + Arena::bytes<T>(room) +
+                                   Arena::bytes<T>(norm_room<T>(op.norm, out)));
+  T* weight = shared.take<T>(packed_numel<T>(in, out));
+  T* bias = shared.take<T>(room);
+  pack_transposed<T>(static_cast<const S*>(op.weight), op.weight_stride, in, out,
+                     static_cast<const T*>(nullptr), weight);
+  const DType dtype = op.dtype;
+  copy_channels<T>({const_cast<void*>(op.bias), dtype}, out, room, 0, bias);
+  const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
+  const bool direct = std::is_same_v<S, T> && out % kLanes<T> == 0;
+  const bool bare = !op.norm.active();  // the activation stands right behind the product
+  const bool rectify = bare && op.act.activation == Activation::kReLU;
+  const bool finished = direct && bare && !op.act.dropout.active() &&
+                        (rectify || op.act.activation == Activation::kNone);
+  const int64_t in_stride = padded<T>(in), out_stride = direct ? out : padded<T>(out);
+  for_row_blocks(op.rows, in * out, [&](int64_t first, int64_t rows) {
+    Arena own(Scratch::kTask, Arena::bytes<T>(rows * in_stride) +
+                                  Arena::bytes<T>(rows * padded<T>(out)) +
+                                  Arena::bytes<uint8_t>(mask_room(rows, out)));
+    T* block_in = own.take<T>(rows * in_stride);
+    T* block_out = own.take<T>(rows * padded<T>(out));
+    uint8_t* mask = own.take<uint8_t>(mask_room(rows, out));
+    const S* input = static_cast<const S*>(op.input) + first * op.input_stride;
+    S* output = static_cast<S*>(op.output) + first * out;
+    Left<T> left = {block_in, in_stride, 1};
+    if constexpr (std::is_same_v<S, T>) {
+      left = {input, op.input_stride, 1};
+      if (direct) block_out = output;
+    } else {
+      copy_in(input, op.input_stride, rows, in, block_in, in_stride);
+    }
+    multiply<T>(rows, out, in, left, packed(weight, in), block_out, out_stride, Start::kBias, bias,
+                rectify);
+    if (op.seen) {
+      copy_out(block_out, out_stride, rows, out, static_cast<S*>(op.seen) + first * out, out);
+    }
+    if (finished) return;
+    finish_act<S>(norm.get(), op.act, first, rows, 0, out, block_out, out_stride, output, out,
+                  mask);
+  });
+}
+
+// The rows of `matrix` from one on; null stays null.
+template <class S>
+const S* rows_from(const void* matrix, int64_t row, int64_t columns) {
+  return matrix ? static_cast<const S*>(matrix) + row * columns : nullptr;
+}
+
+template <class S>
+void backward(const LinearActBackward& op) {
+  using T = Compute<S>;
+  const LinearAct& net = op.forward;
+  const int64_t in = net.in_features, out = net.out_features;
+  const int64_t chunks = product_chunk_count(net.rows, in * out);
+  const WeightGrad<T> grad(in, out, op.grad_weight != nullptr);
+  Arena shared(Scratch::kCall,
+               Arena::bytes<T>(packed_numel<T>(out, in)) + Arena::bytes<T>(chunks * grad.numel()));
+  T* weight = shared.take<T>(packed_numel<T>(out, in));
+  T* partial = shared.take<T>(chunks * grad.numel());
+  if (op.grad_input) pack<T>(static_cast<const S*>(net.weight), net.weight_stride, out, in, weight);
+  const int64_t grad_stride = padded<T>(out), in_stride = padded<T>(in);
+  for_chunks(net.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const int64_t most = smaller(kBlockRows, end - begin);
+    Arena own(Scratch::kTask, Arena::bytes<T>(most * grad_stride) +
+                                  2 * Arena::bytes<T>(most * in_stride) +
+                                  Arena::bytes<uint8_t>(mask_room(most, out)));
+    T* block_grad = own.take<T>(most * grad_stride);
+    T* block_in = own.take<T>(most * in_stride);
+    T* block_grad_in = own.take<T>(most * in_stride);
+    uint8_t* mask = own.take<uint8_t>(mask_room(most, out));
+    T* sums = partial + chunk * grad.numel();
+    grad.clear(sums);
+    for (int64_t first = begin; first < end; first += kBlockRows) {
+      const int64_t rows = smaller(kBlockRows, end - first);
+      gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out),
+              rows_from<S>(op.kept, first, out), out, block_grad, grad_stride, mask);
+      if (op.grad_weight) {
+        copy_in(static_cast<const S*>(net.input) + first * net.input_stride, net.input_stride, rows,
+                in, block_in, in_stride);
+      }
+      grad.add_bias(rows, block_grad, grad_stride, sums);
+      grad.add_weight(rows, block_grad, grad_stride, block_in, in_stride, sums);
+      if (op.grad_input) {
+        multiply<T>(rows, in, out, {block_grad, grad_stride, 1}, packed(weight, out), block_grad_in,
+                    in_stride, Start::kZero);
+        copy_out(block_grad_in, in_stride, rows, in, static_cast<S*>(op.grad_input) + first * in,
+                 in);
+      }
+    }
+  });
+  grad.template merge<S>(partial, chunks, static_cast<S*>(op.grad_weight),
+                         static_cast<S*>(op.grad_bias));
+}
+
+// ------------------------------------------------------------------------ beyond the cache
+
+template <class S>
+void wide_forward(const LinearAct& op) {
+  using T = Compute<S>;
+  const int64_t in = op.in_features, out = op.out_features, room = round_up(out, kPanel<T>);
+  Panels<S> weight(static_cast<const S*>(op.weight), op.weight_stride, in, out, true);
+  const int64_t packed_size = weight.packed_size(op.rows);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(packed_size) + Arena::bytes<T>(room) +
+                                   Arena::bytes<T>(norm_room<T>(op.norm, out)));
+  if (packed_size > 0) weight.pack_all(shared.take<T>(packed_size));
+  T* bias = shared.take<T>(room);
+  copy_channels<T>({const_cast<void*>(op.bias), op.dtype}, out, room, 0, bias);
+  const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
+  blocked_gemm<S>(op.rows, weight, bias,
+                  load_rows(static_cast<const S*>(op.input), op.input_stride),
+                  [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
+                      int64_t stride) {
+                    const int64_t start = row * out + column;
+                    if (op.seen) {
+                      copy_out(block, stride, rows, columns, static_cast<S*>(op.seen) + start, out);
+                    }
+                    alignas(64) uint8_t mask[kBlockMask];
+                    finish_act<S>(norm.get(), op.act, row, rows, column, columns, block, stride,
+                                  static_cast<S*>(op.output) + start, out, mask);
+                  });
+}
+
+// The gradients from what loads the gradient of the product, a block at a time.
+template <class S, class LoadGrad>
+void wide_gradients(const LinearActBackward& op, const LoadGrad& load_grad) {
+  using T = Compute<S>;
+  const LinearAct& net = op.forward;
+  const int64_t in = net.in_features, out = net.out_features;
+  blocked_weight_grad<S>(net.rows, in, out, load_grad,
+                         load_rows(static_cast<const S*>(net.input), net.input_stride),
+                         static_cast<S*>(op.grad_weight), static_cast<S*>(op.grad_bias));
+  if (op.grad_input == nullptr) return;
+  Panels<S> weight(static_cast<const S*>(net.weight), net.weight_stride, out, in, false);
+  const int64_t packed_size = weight.packed_size(net.rows);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(packed_size));
+  if (packed_size > 0) weight.pack_all(shared.take<T>(packed_size));
+  blocked_gemm<S>(net.rows, weight, nullptr, load_grad,
+                  [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
+                      int64_t stride) {
+                    copy_out(block, stride, rows, columns,
+                             static_cast<S*>(op.grad_input) + row * in + column, in);
+                  });
+}
+
+template <class S>
+void wide_backward(const LinearActBackward& op) {
+  using T = Compute<S>;
+  const LinearAct& net = op.forward;
+  const int64_t out = net.out_features;
+  if (!net.act.masks_gradient() && net.act.derives_cheaply()) {
+    return wide_gradients<S>(
+        op, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, T* to, int64_t stride) {
+          const S* kept = rows_from<S>(op.kept, row, out);
+          gate<S>(net.act, row, rows, columns, rows_from<S>(op.grad_output, row, out) + column,
+                  kept ? kept + column : nullptr, out, to, stride, nullptr);
+        });
+  }
+  // Every block is loaded several times: a mask or an exponential is worked out once beforehand.
+  const int64_t stride = padded<T>(out);
+  Temporary<T> grad(net.rows * stride);
+  for_row_blocks(net.rows, out * kPassCost, [&](int64_t first, int64_t rows) {
+    Arena own(Scratch::kTask, Arena::bytes<uint8_t>(mask_room(rows, out)));
+    gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out),
+            rows_from<S>(op.kept, first, out), out, grad.data() + first * stride, stride,
+            own.take<uint8_t>(mask_room(rows, out)));
+  });
+  wide_gradients<S>(op, load_rows(static_cast<const T*>(grad.data()), stride));
+}
+
+// ------------------------------------------------------------ passes beside a library's product
+
+// Calls body(first, rows) for blocks of rows that fill about 64 kB.
+template <class Body>
+void for_some_rows(int64_t begin, int64_t end, int64_t columns, const Body& body) {
+  const int64_t most = larger(1, smaller(kBlockRows, (int64_t{1} << 14) / larger(1, columns)));
+  for (int64_t first = begin; first < end; first += most) {
+    body(first, smaller(most, end - first));
+  }
+}
+
+template <class S>
+void act_dropout(const ActDropoutPass& op) {
+  using T = Compute<S>;
+  const int64_t columns = op.columns, stride = padded<T>(columns);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(norm_room<T>(op.norm, columns)));
+  const Norm<T> norm(op.norm, columns, shared.take<T>(norm_room<T>(op.norm, columns)), nullptr);
+  for_row_blocks(op.rows, columns * kPassCost, [&](int64_t begin, int64_t count) {
+    for_some_rows(begin, begin + count, columns, [&](int64_t first, int64_t rows) {
+      Arena own(Scratch::kTask,
+                Arena::bytes<T>(rows * stride) + Arena::bytes<uint8_t>(mask_room(rows, columns)));
+      uint8_t* mask = own.take<uint8_t>(mask_room(rows, columns));
+      S* to = static_cast<S*>(op.output) + first * columns;
+      const S* from = rows_from<S>(op.input, first, columns);
+      if constexpr (std::is_same_v<S, T>) {
+        finish_act<S>(norm.get(), op.act, first, rows, 0, columns, from, columns, to, columns,
+                      mask);
+      } else {
+        T* block = own.take<T>(rows * stride);
+        copy_in(from, columns, rows, columns, block, stride);
+        finish_act<S>(norm.get(), op.act, first, rows, 0, columns, block, stride, to, columns,
+                      mask);
+      }
+    });
+  });
+}
+
+template <class S>
+void act_dropout_backward(const ActDropoutPassBackward& op) {
+  using T = Compute<S>;
+  const int64_t columns = op.columns, room = padded<T>(columns);
+  const int64_t chunks = chunk_count(op.rows, columns * kPassCost, kLeastRows);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(chunks * room));
+  T* partial = shared.take<T>(chunks * room);
+  for_chunks(op.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    T* sums = partial + chunk * room;
+    for (int64_t c = 0; c < room; ++c) sums[c] = 0;
+    for_some_rows(begin, end, columns, [&](int64_t first, int64_t rows) {
+      Arena own(Scratch::kTask,
+                Arena::bytes<T>(rows * room) + Arena::bytes<uint8_t>(mask_room(rows, columns)));
+      T* block = own.take<T>(rows * room);
+      gate<S>(op.act, first, rows, columns, rows_from<S>(op.grad_output, first, columns),
+              rows_from<S>(op.kept, first, columns), columns, block, room,
+              own.take<uint8_t>(mask_room(rows, columns)));
+      add_column_sums(block, room, rows, columns, sums);
+      copy_out(block, room, rows, columns, static_cast<S*>(op.grad) + first * columns, columns);
+    });
+  });
+  if (op.grad_bias == nullptr) return;
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    for (int64_t c = 0; c < columns; ++c) partial[c] += partial[chunk * room + c];
+  }
+  copy_out(partial, room, 1, columns, static_cast<S*>(op.grad_bias), columns);
+}
+
+}  // namespace
+
+void linear_act(const LinearAct& op) {
+  if (is_single_or_double(op.dtype) && larger(op.in_features, op.out_features) > kCacheWidth) {
+    dispatch_single_or_double(op.dtype, [&](auto e) { wide_forward<decltype(e)>(op); });
+  } else {
+    dispatch(op.dtype, [&](auto e) { forward<decltype(e)>(op); });
+  }
+}
+void linear_act_backward(const LinearActBackward& op) {
+  const LinearAct& net = op.forward;
+  if (is_single_or_double(net.dtype) && larger(net.in_features, net.out_features) > kCacheWidth) {
+    dispatch_single_or_double(net.dtype, [&](auto e) { wide_backward<decltype(e)>(op); });
+  } else {
+    dispatch(net.dtype, [&](auto e) { backward<decltype(e)>(op); });
+  }
+}
+void act_dropout(const ActDropoutPass& op) {
+  dispatch(op.dtype, [&](auto element) { act_dropout<decltype(element)>(op); });
+}
+void act_dropout_backward(const ActDropoutPassBackward& op) {
+  dispatch(op.dtype, [&](auto element) { act_dropout_backward<decltype(element)>(op); });
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA
