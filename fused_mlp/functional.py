@@ -52,6 +52,10 @@ def normalize(
             f"{type(dim).__name__}"
         )
     if process_group is not None:
+        if torch.compiler.is_compiling():
+            return torch.ops.fused_mlp.normalize_over_group(
+                input, dim, correction, eps, process_group.group_name
+            )
         return ops.over_group.normalize(input, dim, correction, eps, process_group)
     if torch.compiler.is_compiling():
         return torch.ops.fused_mlp.normalize(input, dim, correction=correction, eps=eps)
@@ -166,6 +170,11 @@ def batch_norm_leaky_relu(
         A tensor of the shape of ``input``.
     """
     if process_group is not None and training:
+        if torch.compiler.is_compiling():
+            return torch.ops.fused_mlp.batch_norm_leaky_relu_over_group(
+                input, running_mean, running_var, weight, bias, momentum, eps, negative_slope,
+                process_group.group_name,
+            )  # fmt: skip
         return ops.over_group.batch_norm_leaky_relu(
             input, running_mean, running_var, weight, bias, momentum, eps, negative_slope,
             process_group,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -283,7 +284,7 @@ def compiled_step(rank):
     """Return what a synchronized network and normalize over the group give, compiled or not."""
     input = batches()[0][0].float().split((8, 8))[rank]
     results = []
-    for wrap in (torch.compile, lambda function: function):
+    for wrap in (functools.partial(torch.compile, fullgraph=True), lambda function: function):
         net = synchronize_batch_norm(make_network("fused", torch.float32))
         shard = input.clone().requires_grad_()
         output = wrap(net)(wrap(normalize_shard)(shard))

@@ -91,6 +91,7 @@ class SynchronizedForward:
     def __init__(self, module: Any, process_group: ProcessGroup | None) -> None:
         self.module = module
         self.process_group = process_group
+        self._name = None if process_group is None else process_group.group_name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SynchronizedForward:
         # The copy of a module stays in the group of processes, which cannot be copied.
@@ -98,10 +99,12 @@ class SynchronizedForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         if self.module.training:
-            return self._train(input)
+            # A cumulative average reads its counter, which no graph does.
+            traced = torch.compiler.is_compiling() and self.module.momentum is not None
+            return self._trace(input) if traced else self._train(input)
         return type(self.module).forward(self.module, input)
 
-    @torch.compiler.disable  # a graph cannot wait for other processes
+    @torch.compiler.disable
     def _train(self, input: Tensor) -> Tensor:
         module = self.module
         module._check_input_dim(input)
@@ -119,3 +122,33 @@ class SynchronizedForward:
             group, num_batches_tracked=tracked,
         )  # fmt: skip
         return output.reshape(input.shape)
+
+    def _trace(self, input: Tensor) -> Tensor:
+        """Train under torch.compile, which names the group in the graph."""
+        module = self.module
+        name = _group_name(self._name)
+        if not name:
+            output: Tensor = type(module).forward(module, input)
+            return output
+        module._check_input_dim(input)
+        tracked = module.track_running_stats
+        output = torch.ops.fused_mlp.batch_norm_leaky_relu_over_group(
+            input.flatten(2) if input.dim() > 3 else input,
+            module.running_mean if tracked else None,
+            module.running_var if tracked else None,
+            module.weight, module.bias, module.momentum, module.eps,
+            getattr(module, "negative_slope", 1.0), name,
+            num_batches_tracked=module.num_batches_tracked if tracked else None,
+        )  # fmt: skip
+        return output.reshape(input.shape)
+
+
+@torch.compiler.assume_constant_result  # asked once a graph, not traced
+def _group_name(name: str | None) -> str:
+    """Return the name of a group, None's being that of all processes; "" for one process alone."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    group: Any = distributed.group.WORLD
+    if name is not None:
+        group = ops.over_group.group_of(name)
+    return str(group.group_name) if distributed.get_world_size(group) > 1 else ""

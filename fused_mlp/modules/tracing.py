@@ -165,7 +165,7 @@ def _norm_state(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None,
     """Return running statistics, batch counter and whether the batch's own statistics count.
 
     None where the momentum depends on the batch counter, which a traced graph cannot read, or where
-    the statistics are shared with other processes, which it cannot wait for.
+    the statistics are shared with other processes, which the module sees to itself.
     """
     running_mean, running_var = norm.running_mean, norm.running_var
     if not norm.training:

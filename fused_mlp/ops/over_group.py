@@ -18,13 +18,35 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 
 from .. import reference
-from ._common import check_number, differentiate_formula
+from ._common import check_number, differentiate_formula, register_fake
 from .batch_norm_leaky_relu import check_tensors, raise_one_value
 from .normalize import check_arguments
+from .schemas import kernels_library, public_library
 
 _moments = torch.ops.fused_mlp_kernels.normalize.default
 _batch_norm = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default
 _batch_norm_backward = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu_backward.default
+
+
+def group_of(name: Any) -> Any:
+    """Return the group of processes of this name."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # may not be built
+
+    return _resolve_process_group(name)
+
+
+def _sum_by_name(tensor: Tensor, group_name: str) -> Tensor:
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, group=group_of(group_name))
+    return result
+
+
+kernels_library.impl("sum_over_group", _sum_by_name, "CompositeExplicitAutograd")
+register_fake(
+    "sum_over_group",
+    lambda tensor, group_name: torch.empty_like(tensor, memory_format=torch.contiguous_format),
+)
+_sum_over_group = torch.ops.fused_mlp_kernels.sum_over_group.default
 
 
 class _AllReduce(torch.autograd.Function):
@@ -41,6 +63,10 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _sum_over(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum over a group, in place of ``tensor`` but for a tracer's tensors."""
+    if type(tensor) is not Tensor:
+        total: Tensor = _sum_over_group(tensor, group.group_name)
+        return total
     dist.all_reduce(tensor, group=group)
     return tensor
 
@@ -71,12 +97,13 @@ def _merge(
     count = reference._count(input, dim)
     _, mean, std = _moments(input, dim, 0.0, 0.0)
     shape, width = mean.shape, mean.numel()
-    rows = mean.new_zeros((dist.get_world_size(group), 2 * width + 1), dtype=torch.float64)
+    nothing = mean.new_zeros(2 * width + 1, dtype=torch.float64)
+    own = nothing
     if count:  # else the mean of nothing is NaN
-        own = rows[dist.get_rank(group)]
-        own[:width] = mean.flatten()
-        torch.mul(std.flatten().double().square(), count, out=own[width:-1])
-        own[-1] = count
+        squares = std.flatten().double().square() * count
+        own = torch.cat([mean.flatten().double(), squares, nothing.new_full((1,), count)])
+    rank, processes = dist.get_rank(group), dist.get_world_size(group)
+    rows = torch.stack([own if process == rank else nothing for process in range(processes)])
     means, squares, counts = _sum_over(rows, group).split([width, width, 1], dim=1)
     total = counts.sum()
     merged = (counts * means).sum(0) / total.clamp(min=1)
@@ -147,7 +174,6 @@ def _normalize_formula(
     return (centred / ((squares / freedom).sqrt().to(x.dtype) + eps)).to(input.dtype)
 
 
-@torch.compiler.disable  # a graph cannot wait for other processes
 def normalize(
     input: Tensor,
     dim: Sequence[int] | None,
@@ -286,7 +312,6 @@ def _update_running(
         num_batches_tracked.add_(1)
 
 
-@torch.compiler.disable  # a graph cannot wait for other processes
 def batch_norm_leaky_relu(
     input: Tensor,
     running_mean: Tensor | None,
@@ -315,3 +340,37 @@ def batch_norm_leaky_relu(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
         negative_slope, group,
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------- compiled graphs
+
+
+def _normalize_by_name(
+    input: Tensor, dim: Sequence[int] | None, correction: float, eps: float, group_name: str
+) -> Tensor:
+    return normalize(input, dim, correction, eps, group_of(group_name))
+
+
+def _batch_norm_by_name(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+    group_name: str,
+    *,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    return batch_norm_leaky_relu(
+        input, running_mean, running_var, weight, bias, momentum, eps, negative_slope,
+        group_of(group_name), num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+
+
+public_library.impl("normalize_over_group", _normalize_by_name, "CompositeImplicitAutograd")
+public_library.impl(
+    "batch_norm_leaky_relu_over_group", _batch_norm_by_name, "CompositeImplicitAutograd"
+)

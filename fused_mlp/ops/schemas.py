@@ -95,6 +95,11 @@ PREPARED_SCHEMAS = {
     ),
 }
 
+# Sums over the processes of a group that the name stands for: what a compiled graph can hold.
+GROUP_SCHEMAS = {
+    "sum_over_group": "(Tensor tensor, str group_name) -> Tensor",
+}
+
 PUBLIC_SCHEMAS = {
     "normalize": (
         "(Tensor input, int[]? dim=None, *, float correction=1., float eps=0.) -> Tensor"
@@ -149,11 +154,25 @@ TRAINING_SCHEMAS = {
     ),
 }
 
+# The ops over a group of processes, by its name. For compiled graphs, which cannot hold a group.
+PUBLIC_GROUP_SCHEMAS = {
+    "normalize_over_group": (
+        "(Tensor input, int[]? dim, float correction, float eps, str group_name) -> Tensor"
+    ),
+    "batch_norm_leaky_relu_over_group": (
+        "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight,"
+        " Tensor? bias, float momentum, float eps, float negative_slope, str group_name,"
+        " *, Tensor(c!)? num_batches_tracked=None) -> Tensor"
+    ),
+}
+
 # Library objects deregister what they registered when they are collected: keep them for good.
 kernels_library = Library(KERNELS, "DEF")
 public_library = Library(PUBLIC, "DEF")
 
-for _name, _schema in (KERNEL_SCHEMAS | PREPARED_SCHEMAS | TRAINING_SCHEMAS).items():
+for _name, _schema in (
+    KERNEL_SCHEMAS | PREPARED_SCHEMAS | TRAINING_SCHEMAS | GROUP_SCHEMAS
+).items():
     kernels_library.define(_name + _schema)
-for _name, _schema in PUBLIC_SCHEMAS.items():
+for _name, _schema in (PUBLIC_SCHEMAS | PUBLIC_GROUP_SCHEMAS).items():
     public_library.define(_name + _schema)
