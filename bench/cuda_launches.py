@@ -94,7 +94,8 @@ def hooked(
 ) -> Iterator[None]:
     """Within, the raw ops on tensors of ``key`` plan for ``device`` and call ``see`` to launch.
 
-    What ``see`` raises comes out of the ``with`` block in place of the op's own error.
+    What ``see`` raises comes out of the ``with`` block in place of the op's own error, and also
+    where that error went elsewhere: to a test whose fixture is in the block, say.
     """
     errors: list[BaseException] = []
 
@@ -117,6 +118,9 @@ def hooked(
         if errors:
             raise errors[0] from None
         raise
+    else:
+        if errors:
+            raise errors[0]
     finally:
         library.fused_mlp_cuda_unregister(handle)
         library.fused_mlp_cuda_set_launch_hook(None, None)

@@ -65,6 +65,12 @@ def test_errors_name_the_kernel(cuda_library: ctypes.CDLL) -> None:
         hooked(cuda_library, Device(4, 99 * 1024, 100 * 1024, 80), refuse),
     ):
         torch.ops.fused_mlp_kernels.normalize(torch.ones(3), None, 1.0, 0.0)
+    with (  # as in a fixture, which the test's error passes by
+        pytest.raises(MemoryError),
+        hooked(cuda_library, Device(4, 99 * 1024, 100 * 1024, 80), refuse),
+        pytest.raises(RuntimeError, match="refused fused_mlp_rows_forward_f32"),
+    ):
+        torch.ops.fused_mlp_kernels.normalize(torch.ones(3), None, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("columns", [64, 7])
