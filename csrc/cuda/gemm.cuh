@@ -73,10 +73,10 @@ struct Block {
     M::template each<TA, TB>(c, warp % 4 * kBlockRows, warp / 4 * kBlockColumns, kTile, visit);
   }
 
-  // Puts sums in shared memory so that they leave it in whole rows.
+  // Puts sums in shared memory so that they leave it in whole rows. Begins synchronised, as the
+  // loops over the operands end, and ends so.
   template <bool TA, bool TB>
   FUSED_MLP_DEVICE void collect(const A (&c)[16]) const {
-    __syncthreads();
     each<TA, TB>(c, [&](int row, int column, auto values) {
       constexpr int W = sizeof(values) / sizeof(A);
       store_pack<W>(result() + row * kResultLeading + column, values);
