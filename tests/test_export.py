@@ -211,6 +211,19 @@ def test_onnx_model_of_an_exported_program():
     torch.testing.assert_close(onnx_run(model, rows(5)), eager(rows(5)), rtol=1e-4, atol=1e-5)
 
 
+def test_onnx_model_of_an_ordinary_mlp_agrees():
+    layers = (
+        nn.Linear(10, 9), nn.GELU(), nn.Dropout(0.2), nn.Linear(9, 7), nn.BatchNorm1d(7), nn.ReLU(),
+        nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 3),
+    )  # fmt: skip
+    fused = nn.Sequential(*layers).eval()
+    eager = copy.deepcopy(fused)
+    assert len(fused_mlp.fuse(fused).fused) > 0
+    model = onnx_model(fused)
+    torch.testing.assert_close(onnx_run(model, rows()), eager(rows()), rtol=1e-4, atol=1e-5)
+    assert {node.domain for node in model.model.graph} == {""}
+
+
 # ---------------------------------------------------------------------------------- TorchScript
 
 

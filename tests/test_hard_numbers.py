@@ -63,11 +63,13 @@ def test_one_value_that_is_no_number(
         case = example(name, dtype=torch.float32, device=device)
         case.tensors[tensor].view(-1)[place] = value
         tensors = list(case.tensors.values())
-        if "research_net" in name and tensor == "bn_weight":
-            exact = case.exact(*(t.double() for t in tensors)).float()
-            assert_same_nonfinite(case.fused(*tensors), exact, f"{name}, {tensor}")
-        else:
-            assert_same_nonfinite(case.fused(*tensors), case.plain(*tensors), f"{name}, {tensor}")
+        with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's GELU of infinity is NaN
+            found = case.fused(*tensors)
+            if "research_net" in name and tensor == "bn_weight":
+                expected = case.exact(*(t.double() for t in tensors)).float()
+            else:
+                expected = case.plain(*tensors)
+        assert_same_nonfinite(found, expected, f"{name}, {tensor}")
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.0])

@@ -11,6 +11,7 @@ from support.networks import assert_same_step, kernels_run, pair
 from torch import nn
 
 from fused_mlp import FusedSequential, fuse
+from fused_mlp.modules import attempt
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -227,6 +228,13 @@ def test_subclasses_and_parametrized_layers_run_as_themselves(device):
     ):
         eager = nn.Sequential(*layers).to(device)
         assert_same_step(eager, FusedSequential(*copy.deepcopy(eager)), rows(device))
+
+
+@pytest.mark.parametrize(("count", "ran"), [(128, True), (129, False)])
+def test_large_bfloat16_products_are_left_to_torch_where_it_is_faster(monkeypatch, count, ran):
+    monkeypatch.setattr(attempt, "_has_bfloat16_products", lambda: True)
+    _, fused = pair([nn.Linear(128, 128), nn.Tanh()])
+    assert bool(kernels_run(lambda: fused.bfloat16()(torch.randn(count, 128).bfloat16()))) == ran
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
