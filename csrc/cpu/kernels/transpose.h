@@ -42,6 +42,16 @@ FUSED_MLP_INLINE void load_corner_transposed(const S* from, int64_t stride, int6
   transpose<T>(square);
 }
 
+#if defined(__AVX512F__)
+// Interleaves two neighbouring lanes of each quarter of a and b from kFrom on. Not by
+// _mm512_unpacklo_ps and its kin: gcc 12 warns of the undefined value in their definition.
+template <int kFrom>
+FUSED_MLP_INLINE Vec<double> pairs(Vec<float> a, Vec<float> b) {
+  const Vec<Bits<float>> order = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  return (Vec<double>)__builtin_shuffle(a, b, order + kFrom);
+}
+#endif
+
 // The same of a whole square.
 template <class S>
 FUSED_MLP_INLINE void load_square_transposed(const S* from, int64_t stride,
@@ -58,14 +68,15 @@ FUSED_MLP_INLINE void load_square_transposed(const S* from, int64_t stride,
         v = _mm512_mask_broadcast_f32x4(v, 0x0F00, _mm_loadu_ps(p + 8 * stride));
         r[i] = _mm512_mask_broadcast_f32x4(v, 0xF000, _mm_loadu_ps(p + 12 * stride));
       }
-      const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
-      const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
-      const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
-      const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
-      square[j] = (Vec<float>)_mm512_unpacklo_pd(low01, low23);
-      square[j + 1] = (Vec<float>)_mm512_unpackhi_pd(low01, low23);
-      square[j + 2] = (Vec<float>)_mm512_unpacklo_pd(high01, high23);
-      square[j + 3] = (Vec<float>)_mm512_unpackhi_pd(high01, high23);
+      const Vec<double> low01 = pairs<0>((Vec<float>)r[0], (Vec<float>)r[1]);
+      const Vec<double> high01 = pairs<2>((Vec<float>)r[0], (Vec<float>)r[1]);
+      const Vec<double> low23 = pairs<0>((Vec<float>)r[2], (Vec<float>)r[3]);
+      const Vec<double> high23 = pairs<2>((Vec<float>)r[2], (Vec<float>)r[3]);
+      const Vec<Bits<double>> low = {0, 8, 2, 10, 4, 12, 6, 14}, high = low + 1;
+      square[j] = (Vec<float>)__builtin_shuffle(low01, low23, low);
+      square[j + 1] = (Vec<float>)__builtin_shuffle(low01, low23, high);
+      square[j + 2] = (Vec<float>)__builtin_shuffle(high01, high23, low);
+      square[j + 3] = (Vec<float>)__builtin_shuffle(high01, high23, high);
     }
     return;
   }
