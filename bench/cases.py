@@ -126,7 +126,7 @@ _OP_SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "batch_norm_act": ((256, 32), (65536, 32)),
     },
     "docs": {
-        "normalize": tuple((10**n, 10) for n in range(2, 8)),
+        "normalize": tuple((10**n, 10) for n in range(2, 7)),
         "linear_relu": (*((2**n,) * 3 for n in (4, 6, 8, 10, 11)), (512, 4096, 4096),
                         (65536, 64, 64)),
         "linear_act": ((64,) * 3, (256,) * 3, (1024,) * 3, (65536, 64, 64)),
