@@ -77,11 +77,9 @@ def linear_act(
         not _has_kernel(variant, "linear_act", input) or _torch_is_faster(input, weight)
     ):
         return None
-    seed = None
-    if p:
-        if not 0.0 <= p <= 1.0:
-            return None
-        seed = draw_seed(input.device)
+    if not 0.0 <= p <= 1.0:
+        return None
+    seed = draw_seed(input.device) if p else None
     if activation == activations.RELU:
         if grad_needed(input, weight, bias):
             return LinearReLUFunction.apply(input, weight, bias, p, seed)
@@ -116,11 +114,9 @@ def linear_batch_norm_act(
     )
     if variant is None or not _has_kernel(variant, "linear_batch_norm_act", input):
         return None
-    seed = None
-    if p:
-        if not 0.0 <= p <= 1.0:
-            return None
-        seed = draw_seed(input.device)
+    if not 0.0 <= p <= 1.0:
+        return None
+    seed = draw_seed(input.device) if p else None
     return _linear_batch_norm_act(*tensors, eps, activation, negative_slope, p, seed)
 
 

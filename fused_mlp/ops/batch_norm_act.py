@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations, reference
@@ -26,6 +25,7 @@ from ._common import (
     use_formula,
 )
 from .batch_norm_leaky_relu import (
+    batch_norm_formula,
     batch_norm_leaky_relu,
     check,
     fake_batch_norm,
@@ -167,11 +167,10 @@ def run(
     """Return the output for arguments that were checked; ``seed`` is None without dropout."""
     options = activation, negative_slope, dropout_p, seed
     if use_formula(input, weight, bias):
-        if training and num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        output = F.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        output = batch_norm_formula(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+            eps,
+        )  # fmt: skip
         return reference.activate_and_drop(output, *options)
     if grad_needed(input, weight, bias):
         output = BatchNormActFunction.apply(
@@ -188,41 +187,6 @@ def run(
     return output
 
 
-def _fake(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: int,
-    negative_slope: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_batch_norm(input)
-
-
-def _fake_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    training: bool,
-    activation: int,
-    negative_slope: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    output_mask: list[bool],
-) -> list[Tensor]:
-    return fake_batch_norm_backward(input, weight, bias, output_mask)
-
-
-register_fake("batch_norm_act", _fake)
-register_fake("batch_norm_act_backward", _fake_backward)
+register_fake("batch_norm_act", fake_batch_norm)
+register_fake("batch_norm_act_backward", fake_batch_norm_backward)
 public_library.impl("batch_norm_act", batch_norm_act, "CompositeImplicitAutograd")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -128,10 +129,11 @@ def batch_norm_leaky_relu(
     if type(negative_slope) is not float:
         check_number("batch_norm_leaky_relu", "negative_slope", negative_slope)
     if use_formula(input, weight, bias):
-        return _formula(
+        output = batch_norm_formula(
             input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
-            eps, negative_slope,
+            eps,
         )  # fmt: skip
+        return F.leaky_relu(output, negative_slope)
     if grad_needed(input, weight, bias):
         output = BatchNormLeakyReLUFunction.apply(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
@@ -147,7 +149,7 @@ def batch_norm_leaky_relu(
     return output
 
 
-def _formula(
+def batch_norm_formula(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -157,14 +159,11 @@ def _formula(
     training: bool,
     momentum: float,
     eps: float,
-    negative_slope: float,
 ) -> Tensor:
+    """Return torch's own batch norm of checked arguments, the batch counted."""
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    output = torch.nn.functional.batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps
-    )
-    return torch.nn.functional.leaky_relu(output, negative_slope)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def check(
@@ -267,22 +266,7 @@ def check_norm(
             )
 
 
-def _fake(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_batch_norm(input)
-
-
-def fake_batch_norm(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fake_batch_norm(input: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return what forward gives for tensors without values: output, mean and rstd."""
     dtype = reference.accumulate_dtype(input.dtype)
     channels = input.shape[1]
@@ -293,24 +277,10 @@ def fake_batch_norm(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _fake_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    training: bool,
-    negative_slope: float,
-    output_mask: list[bool],
-) -> list[Tensor]:
-    return fake_batch_norm_backward(input, weight, bias, output_mask)
-
-
 def fake_batch_norm_backward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: list[bool]
+    _: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
 ) -> list[Tensor]:
-    """Return what backward gives for tensors without values."""
+    """Return what backward gives for tensors without values; the mask of outputs comes last."""
     channels = input.shape[1]
     weight_dtype = weight.dtype if weight is not None else input.dtype
     bias_dtype = bias.dtype if bias is not None else input.dtype
@@ -321,11 +291,11 @@ def fake_batch_norm_backward(
     )
     return [
         input.new_empty(shape, dtype=dtype)
-        for (shape, dtype), wanted in zip(candidates, output_mask, strict=True)
+        for (shape, dtype), wanted in zip(candidates, options[-1], strict=True)
         if wanted
     ]
 
 
-register_fake("batch_norm_leaky_relu", _fake)
-register_fake("batch_norm_leaky_relu_backward", _fake_backward)
+register_fake("batch_norm_leaky_relu", fake_batch_norm)
+register_fake("batch_norm_leaky_relu_backward", fake_batch_norm_backward)
 public_library.impl("batch_norm_leaky_relu", batch_norm_leaky_relu, "CompositeImplicitAutograd")

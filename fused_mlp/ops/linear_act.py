@@ -22,7 +22,7 @@ from ._common import (
     spread,
     use_formula,
 )
-from .linear_relu import check, linear_relu
+from .linear_relu import check, fake_gradients, fake_output, linear_relu
 from .schemas import public_library
 
 _forward = torch.ops.fused_mlp_kernels.linear_act.default
@@ -126,35 +126,11 @@ def run(
     return output
 
 
-def _fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: int,
-    negative_slope: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    keep_input: bool,
-) -> list[Tensor]:
-    shape = *input.shape[:-1], weight.shape[0]
-    return [input.new_empty(shape) for _ in range(2 if keep_input else 1)]
-
-
-def _fake_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    kept: Tensor | None,
-    activation: int,
-    negative_slope: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    output_mask: list[bool],
-) -> list[Tensor]:
-    shapes = (input.shape, weight.shape, weight.shape[:1])
-    return [input.new_empty(s) for s, wanted in zip(shapes, output_mask, strict=True) if wanted]
+def _fake(input: Tensor, weight: Tensor, *options: Any) -> list[Tensor]:
+    keep_input = options[-1]
+    return [fake_output(input, weight) for _ in range(2 if keep_input else 1)]
 
 
 register_fake("linear_act", _fake)
-register_fake("linear_act_backward", _fake_backward)
+register_fake("linear_act_backward", fake_gradients)
 public_library.impl("linear_act", linear_act, "CompositeImplicitAutograd")

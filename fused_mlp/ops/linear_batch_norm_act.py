@@ -17,6 +17,7 @@ from ._common import check_number, grad_needed, register_fake, use_formula
 from .batch_norm_act import batch_norm_act
 from .batch_norm_leaky_relu import check_norm
 from .linear_relu import check as check_linear
+from .linear_relu import fake_output
 from .schemas import public_library
 
 _forward = torch.ops.fused_mlp_kernels.linear_batch_norm_act.default
@@ -89,22 +90,5 @@ def check(
     )  # fmt: skip
 
 
-def _fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    activation: int,
-    negative_slope: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    return input.new_empty(input.shape[0], weight.shape[0])
-
-
-register_fake("linear_batch_norm_act", _fake)
+register_fake("linear_batch_norm_act", fake_output)
 public_library.impl("linear_batch_norm_act", linear_batch_norm_act, "CompositeImplicitAutograd")

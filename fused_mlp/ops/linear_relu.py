@@ -110,24 +110,17 @@ def check(
     check_seed(op, seed, input)
 
 
-def _fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None
-) -> Tensor:
+def fake_output(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    """Return what forward gives for tensors without values."""
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-def _fake_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    output: Tensor,
-    dropout_p: float,
-    output_mask: list[bool],
-) -> list[Tensor]:
+def fake_gradients(_: Tensor, input: Tensor, weight: Tensor, *options: Any) -> list[Tensor]:
+    """Return what backward gives for tensors without values; the mask of outputs comes last."""
     shapes = (input.shape, weight.shape, weight.shape[:1])
-    return [input.new_empty(s) for s, wanted in zip(shapes, output_mask, strict=True) if wanted]
+    return [input.new_empty(s) for s, wanted in zip(shapes, options[-1], strict=True) if wanted]
 
 
-register_fake("linear_relu", _fake)
-register_fake("linear_relu_backward", _fake_backward)
+register_fake("linear_relu", fake_output)
+register_fake("linear_relu_backward", fake_gradients)
 public_library.impl("linear_relu", linear_relu, "CompositeImplicitAutograd")
