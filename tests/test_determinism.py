@@ -14,7 +14,7 @@ from support.cases import DTYPES, EXAMPLES
 from torch import Tensor
 
 from fused_mlp import FusedResearchNet, backends
-from fused_mlp.functional import batch_norm_leaky_relu, linear_relu, normalize
+from fused_mlp.functional import batch_norm_act, batch_norm_leaky_relu, linear_act, normalize
 
 ROWS = 20 if INTERPRETED else 260
 # About the edges of the kernels' blocks, each taken as the size of a batch.
@@ -70,16 +70,17 @@ LAYERS = [(sizes, d) for sizes in ((10, 64), (65, 33), (256, 256)) for d in DTYP
 LAYERS += [((300, 270), d) for d in (torch.float32, torch.float64)]
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize(("sizes", "dtype"), LAYERS)
-def test_linear_relu(
-    device: torch.device, backend: str, sizes: tuple[int, int], dtype: torch.dtype
+def test_linear_act(
+    device: torch.device, backend: str, sizes: tuple[int, int], dtype: torch.dtype, activation: str
 ) -> None:
     needs_own_product(device, backend, max(sizes))
     features, out = sizes
     weight = torch.randn(out, features, device=device).to(dtype) / features**0.5
     bias = torch.randn(out, device=device).to(dtype)
     x = torch.randn(ROWS, features, device=device).to(dtype)
-    assert_rows_are_independent(lambda x: linear_relu(x, weight, bias), x)
+    assert_rows_are_independent(lambda x: linear_act(x, weight, bias, activation), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,6 +88,7 @@ def test_batch_norm_and_rows_of_normalize(device: torch.device, dtype: torch.dty
     x = torch.randn(ROWS, 33, device=device).to(dtype)
     mean, var = torch.randn(33, device=device).to(dtype), torch.rand(33, device=device).to(dtype)
     assert_rows_are_independent(lambda x: batch_norm_leaky_relu(x, mean, var), x)
+    assert_rows_are_independent(lambda x: batch_norm_act(x, mean, var, activation="relu"), x)
     assert_rows_are_independent(lambda x: normalize(x, 1), x)
 
 

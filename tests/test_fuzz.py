@@ -95,23 +95,46 @@ def test_linear_relu(device, batch, in_features, out_features, bias, p, dtype, d
 
 
 @given(
+    batch=st.lists(sizes, max_size=4).filter(lambda b: math.prod(max(n, 1) for n in b) <= 300),
+    in_features=sizes,
+    out_features=sizes,
+    bias=st.booleans(),
+    p=st.sampled_from((0.0, 0.3, 1.0)),
+    activation=st.sampled_from(("none", "leaky_relu", "gelu", "silu", "tanh")),
+    approximate=st.sampled_from(("none", "tanh")),
+    negative_slope=st.sampled_from((0.01, 0.0, 1.0, -0.5)),
+    dtype=dtypes,
+    data=st.data(),
+)
+def test_linear_act(device, batch, in_features, out_features, bias, p, dtype, data, **options):
+    if options["activation"] != "gelu":
+        options["approximate"] = "none"
+    shape = (*batch, in_features)
+    case = linear_case(shape, out_features, bias, p, dtype=dtype, device=device, **options)
+    check_case(case, laid_out(case, data))
+
+
+@given(
     rows=sizes,
     channels=sizes,
     length=st.none() | st.integers(0, 9),
     training=st.booleans(),
     affine=st.sampled_from(("both", "weight", "bias", "none")),
+    activation=st.sampled_from((None, "none", "relu", "leaky_relu")),
+    p=st.sampled_from((0.0, 0.3, 1.0)),
     negative_slope=st.sampled_from((0.01, 0.0, 1.0, -0.5)),
     dtype=dtypes,
     data=st.data(),
 )
-def test_batch_norm_leaky_relu(
-    device, rows, channels, length, training, affine, negative_slope, dtype, data
-) -> None:
+def test_batch_norm(device, rows, channels, length, training, affine, dtype, data, **options):
+    """batch_norm_act of an activation, batch_norm_leaky_relu without."""
+    if options["activation"] is None:
+        options["p"] = 0.0
     values = rows * (1 if length is None else length)
     assume(not training or values == 0 or values > 4)  # see test_batch_norm_leaky_relu.py for fewer
     assume(channels)  # torch's own has no answer without channels
     shape = (rows, channels) if length is None else (rows, channels, length)
-    case = batch_norm_case(shape, training, affine, negative_slope, dtype=dtype, device=device)
+    case = batch_norm_case(shape, training, affine, dtype=dtype, device=device, **options)
     check_case(case, laid_out(case, data, ("input",)))
 
 

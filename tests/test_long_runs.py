@@ -82,7 +82,9 @@ def test_no_memory_left() -> None:
         import resource, torch, torch.nn.functional as F
         from pathlib import Path
         from fused_mlp import FusedResearchNet, TrainStep
-        from fused_mlp.functional import normalize, linear_relu, batch_norm_leaky_relu
+        from fused_mlp.functional import (
+            batch_norm_act, batch_norm_leaky_relu, linear_act, linear_relu, normalize
+        )
         torch.set_num_threads(2)
         net = FusedResearchNet(10, [64, 32], 5)
         wide = FusedResearchNet(300, [400, 300], 5)
@@ -100,7 +102,11 @@ def test_no_memory_left() -> None:
         calls = {
             "normalize": lambda: normalize(large),
             "linear_relu": lambda: linear_relu(large, torch.ones(64, 10), None, 0.3, True),
+            "linear_act": lambda: linear_act(large, torch.ones(64, 10), None, "gelu"),
             "batch_norm": lambda: batch_norm_leaky_relu(large, mean, var, training=True),
+            "batch_norm_act": lambda: batch_norm_act(
+                large, mean, var, training=True, activation="relu", dropout_p=0.3
+            ),
             "network": lambda: net(large),
             "wide network": lambda: wide(broad),
             "train step": lambda: step(large, target),
@@ -122,7 +128,7 @@ def test_no_memory_left() -> None:
         """
     )
     assert out.splitlines()[-1] == "works", out
-    assert len(out.splitlines()) == 7
+    assert len(out.splitlines()) == 9
 
 
 @linux

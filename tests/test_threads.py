@@ -29,6 +29,11 @@ CASES: dict[str, Callable[..., Case]] = {
     "linear_relu-wide": lambda **o: linear_case((ROWS // 4, 256), 256, p=0.3, **o),
     "linear_relu-beyond": lambda **o: linear_case((ROWS // 4, 300), 270, p=0.3, **o),
     "linear_relu-narrow": lambda **o: linear_case((ROWS, 65), 1, **o),
+    "linear_act-gelu": lambda **o: linear_case((ROWS, 33), 65, p=0.3, activation="gelu", **o),
+    "linear_act-beyond": lambda **o: linear_case((ROWS // 4, 300), 270, activation="tanh", **o),
+    "batch_norm_act-train": lambda **o: batch_norm_case(
+        (ROWS, 33), True, activation="relu", p=0.3, **o
+    ),
     "batch_norm-train": lambda **o: batch_norm_case((ROWS, 33), True, **o),
     "batch_norm-eval": lambda **o: batch_norm_case((ROWS, 33), False, **o),
     "batch_norm-3d": lambda **o: batch_norm_case((ROWS // 30, 33, 29), True, **o),
@@ -41,7 +46,7 @@ CASES: dict[str, Callable[..., Case]] = {
 
 
 # In half precision the library's product where the processor has no instructions for it.
-LIBRARYS = ("linear_relu-beyond", "research_net-wide")
+LIBRARYS = ("linear_act-beyond", "linear_relu-beyond", "research_net-wide")
 
 
 def results(case: Case) -> tuple[torch.Tensor, ...]:

@@ -69,6 +69,22 @@ HARD: dict[str, Callable[..., Case]] = {
     ),
     "linear_relu, one row": lambda **o: linear_case((1, 40), 33, **o),
     "linear_relu, dropout": lambda **o: linear_case((257, 40), 33, p=0.3, **o),
+    "linear_act, GELU of 1e4 ± 1e-2": lambda **o: _far(
+        linear_case((257, 40), 33, activation="gelu", **o)
+    ),
+    "linear_act, tanh of ± 1e30": lambda **o: _scaled(
+        linear_case((257, 40), 33, activation="tanh", **o), input=_HUGE
+    ),
+    "linear_act, SiLU of denormal": lambda **o: _scaled(
+        linear_case((257, 40), 33, bias=False, activation="silu", **o), input=_TINY
+    ),
+    "linear_act, GELU of one row": lambda **o: linear_case((1, 40), 33, activation="gelu", **o),
+    "linear_act, SiLU and dropout": lambda **o: linear_case(
+        (257, 40), 33, p=0.3, activation="silu", **o
+    ),
+    "batch norm, ReLU and dropout": lambda **o: batch_norm_case(
+        (513, 33), True, activation="relu", p=0.3, **o
+    ),
     "batch norm, 1e4 ± 1e-2": lambda **o: batch_norm_case(
         (513, 33), True, scale=1e-2, offset=1e4, eps=1e-12, **o
     ),
