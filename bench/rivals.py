@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import kernels
 from . import rivals_external as external
 from .errors import BenchError, Unsupported
-from .workload import Workload, build, without_dropout
+from .workload import Workload, without_dropout
 
 EAGER, AGAIN, FUSED, KERNEL = "eager", "eager again", "fused", "kernel"
 # Measured beside the rivals, and none: eager a second time, and our own kernels by themselves.
@@ -80,7 +80,13 @@ def _float32(workload: Workload) -> Contestant:
     case = workload.case
     if case.dtype.itemsize >= 4:
         raise Unsupported("float32: beside half precision alone")
-    return _fused(build(dataclasses.replace(case, dtype=torch.float32)))
+    model = copy.deepcopy(workload.fused).float()
+    inputs = [
+        (x.detach().float().requires_grad_(x.requires_grad), grad.float())
+        for x, grad in workload.inputs
+    ]
+    case = dataclasses.replace(case, dtype=torch.float32)
+    return _fused(Workload(case, workload.eager, model, inputs))
 
 
 def _compiled(mode: str | None) -> Prepare:

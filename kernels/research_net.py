@@ -29,8 +29,10 @@ from .tiles import has_matrix_units
 
 MAX_HIDDEN = 128
 MAX_EDGE = 1024
-RESIDENT_REGISTERS = 32  # of a thread; larger weights come from the cache
-PROGRAMS = 128  # parts of the rows; each costs every program of the next launch a merge
+RESIDENT_REGISTERS = 32  # of a thread, that may hold weights
+# KiB of shared memory a block may have, where a chip has more than the 99 of the smallest.
+SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+PROGRAMS = 128  # parts of the rows to be merged; each costs every program of the next launch
 
 
 def fits(widths, dtype):
@@ -72,8 +74,8 @@ def _pad(width, most):
 
 
 @functools.lru_cache(maxsize=256)
-def shape(rows, widths, dtype, precision, backend, capability, backward):
-    """Return how a launch over ``rows`` rows is cut."""
+def shape(rows, widths, dtype, precision, backend, capability, backward, merged):
+    """Return how a launch over ``rows`` rows is cut; ``merged``: its parts are, in the end."""
     two = len(widths) == 4
     block_f, block_h = _pad(widths[1], MAX_HIDDEN), _pad(widths[-2], MAX_HIDDEN)
     widest = max(block_f, block_h)
@@ -98,9 +100,19 @@ def shape(rows, widths, dtype, precision, backend, capability, backward):
     held = weights * dtype.itemsize // (4 * 32 * warps)
     resident = widths[0] <= block_in and widths[-1] <= block_out
     resident = resident and (widest <= 32 if backward else held <= RESIDENT_REGISTERS)
+    if not resident and not backward and units and backend == "cuda":
+        # Operands of matrix units stay in shared memory, if all of them fit there.
+        whole_in, whole_out = _pad(widths[0], MAX_HIDDEN), _pad(widths[-1], MAX_HIDDEN)
+        weights = block_f * whole_in + (block_f * block_h if two else 0) + block_h * whole_out
+        staged = 32 * (block_h + whole_out) * 4  # what goes from one layout to another
+        room = 1024 * SHARED.get(capability, 99)
+        if max(widths) <= MAX_HIDDEN and weights * dtype.itemsize + staged <= room:
+            resident, block_m, warps = True, 32, 8
+            block_in, block_out = whole_in, whole_out
     block_m = min(block_m, _pad(rows, block_m))
     blocks = triton.cdiv(rows, block_m)
-    rows_per_part = triton.cdiv(blocks, PROGRAMS) * block_m
+    # With neither weights to hold nor parts to merge, a program takes one block and is done.
+    rows_per_part = (triton.cdiv(blocks, PROGRAMS) if resident or merged else 1) * block_m
     return Shape(
         two, block_m, block_in, block_f, block_h, block_out, depth,
         rows_per_part, triton.cdiv(rows, rows_per_part), warps, resident,
@@ -110,11 +122,11 @@ def shape(rows, widths, dtype, precision, backend, capability, backward):
 class _Network:
     """Arguments every launch shares."""
 
-    def __init__(self, input, weights, biases, dropout_p, seed, backward):
+    def __init__(self, input, weights, biases, dropout_p, seed, backward, merged=True):
         self.widths = (weights[0].shape[1], *(w.shape[0] for w in weights))
         dtype, precision = input.dtype, dot_precision(input.dtype)
         s = self.shape = shape(
-            input.shape[0], self.widths, dtype, precision, *architecture(input), backward
+            input.shape[0], self.widths, dtype, precision, *architecture(input), backward, merged
         )
         self.weights = [w.contiguous() for w in weights]
         self.biases = [b.contiguous() for b in biases]
@@ -168,7 +180,7 @@ def research_net(
             saved[:channels] = running_mean
             saved[channels:] = (running_var.to(acc) + eps).rsqrt()
         return output, saved
-    net = _Network(input, weights, biases, dropout_p, seed, backward=False)
+    net = _Network(input, weights, biases, dropout_p, seed, backward=False, merged=training)
     s, part, statistics = net.shape, None, RUNNING.value
     split = (s.rows_per_part, s.parts)
     with on_device(input):

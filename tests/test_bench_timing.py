@@ -111,6 +111,16 @@ def test_contestants_start_equal(case: cases.Case) -> None:
     assert all(float(x.detach().abs().min()) > 0 for x, _ in work.inputs)  # never zeros
 
 
+def test_float32_beside_half_precision_has_the_same_data() -> None:
+    # Random numbers of many elements drawn in bfloat16 are others than those drawn in float32.
+    case = cases.Case("research_net", (100, 64, 32, 5), 64, "eval", torch.bfloat16)
+    work = workload.build(case)
+    contestant = rivals.RIVALS["float32"].prepare(work)
+    assert contestant.results is not None
+    exact = work.results(work.eager, torch.float64)
+    assert workload.error(contestant.results(), exact) < 1e-5
+
+
 def test_wrong_results_are_found() -> None:
     exact = [torch.ones(4, dtype=torch.float64)]
     assert workload.error([torch.full((4,), 1.5)], exact) == pytest.approx(0.5)

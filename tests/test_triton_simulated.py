@@ -430,7 +430,42 @@ def test_research_net_traffic(cc: int) -> None:
     assert dram(forward) <= 1.1 * (2 * size + weights + moments)
     assert dram(last) + dram(rest) <= 1.1 * (5 * size + 2 * weights + gradients)
     assert dram(merge) <= 1.1 * (gradients + weights + 4 * 2 * 32)
-    # Weights are loaded once a program, whatever number of blocks of rows it walks over.
-    for record in (statistics, forward, last, rest):
-        for name in ("w1_ptr", "w2_ptr"):
-            assert 32 * record.buffers[name].read_sectors == 4 * 32 * 32
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_research_net_loads_weights_once_a_program(
+    cc: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the blocks of rows for as many programs load twice the rows and nothing else."""
+    from fused_mlp.kernels import research_net as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    torch.set_float32_matmul_precision("high")
+    loaded = []
+    for rows in (512, 1024):
+        kernels.shape.cache_clear()
+        op, _ = network_op(rows, (32, 32, 32, 32), torch.float32, training)
+        _, records = simulate(cc, op)
+        loaded.append(records)
+    kernels.shape.cache_clear()
+    more = 4 * 512 * 32
+    for few, many in zip(*loaded, strict=True):
+        assert few.grid == many.grid
+        grown = many.load_bytes - few.load_bytes
+        # Backward loads the rows twice, and their output's gradient.
+        assert grown == more if few.kernel.startswith(("research_net_kernel", "research_net_stat")) else (
+            grown <= 3 * more
+        )
+
+
+@BOTH
+def test_research_net_of_large_weights_loads_them_once_a_program_in_evaluation(cc: int) -> None:
+    """Weights beyond the registers: a program takes one block of rows, and each weight once."""
+    torch.set_float32_matmul_precision("high")
+    widths = (64, 128, 128, 64)
+    op, _ = network_op(100, widths, torch.float32, False)
+    _, (forward, *_) = simulate(cc, op)
+    weights = 4 * sum(k * n for k, n in zip(widths, widths[1:], strict=False))
+    of_a_program = (forward.load_bytes - 4 * 100 * widths[0]) / forward.grid[0]
+    assert weights <= of_a_program < 1.5 * weights  # vectors too, by every warp
