@@ -34,7 +34,10 @@ def tanh(x):
     # 1 - t loses the digits of small numbers: there the series, whose next term is below 1 ulp.
     small = scalar(0.02 if x.dtype == tl.float64 else 0.2, x.dtype)
     t = tl.exp(-2 * tl.abs(x))
-    far = (1 - t) / (1 + t)
+    # Near 1 what is missing to it, so that the last rounding alone counts: 1 - tanh^2 cancels.
+    near_one = t < scalar(0.1, x.dtype)
+    q = tl.where(near_one, 2 * t, 1 - t) / (1 + t)
+    far = tl.where(near_one, 1 - q, q)
     s = x * x
     tail = scalar(62 / 2835, x.dtype) - s * scalar(1382 / 155925, x.dtype)
     series = 1 + s * (scalar(-1 / 3, x.dtype) + s * (scalar(2 / 15, x.dtype) + s * (

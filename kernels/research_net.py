@@ -30,6 +30,8 @@ from .tiles import has_matrix_units
 MAX_HIDDEN = 128
 MAX_EDGE = 1024
 RESIDENT_REGISTERS = 32  # of a thread, that may hold weights
+# "rest" of backward comes after "last", or does the work of both.
+LAUNCHES = ("evaluation", "forward", "last", "rest")
 # KiB of shared memory a block may have, where a chip has more than the 99 of the smallest.
 SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 PROGRAMS = 128  # parts of the rows to be merged; each costs every program of the next launch
@@ -66,7 +68,8 @@ class Shape:
     rows_per_part: int
     parts: int
     num_warps: int
-    resident: bool  # weights (and in backward their gradients) stay in registers during the walk
+    resident: bool  # weights stay on chip during the walk
+    held: bool  # and in backward their gradients in registers
 
 
 def _pad(width, most):
@@ -74,8 +77,9 @@ def _pad(width, most):
 
 
 @functools.lru_cache(maxsize=256)
-def shape(rows, widths, dtype, precision, backend, capability, backward, merged):
-    """Return how a launch over ``rows`` rows is cut; ``merged``: its parts are, in the end."""
+def shape(rows, widths, dtype, precision, backend, capability, launch):
+    """Return how ``launch``, one of LAUNCHES, is cut over ``rows`` rows."""
+    backward = launch in ("last", "rest")
     two = len(widths) == 4
     block_f, block_h = _pad(widths[1], MAX_HIDDEN), _pad(widths[-2], MAX_HIDDEN)
     widest = max(block_f, block_h)
@@ -94,51 +98,60 @@ def shape(rows, widths, dtype, precision, backend, capability, backward, merged)
         block_m = 16
     else:
         block_m = 64 if units and widest <= 64 and not backward else 32
+
+    def weight_bytes(block_in, block_out):
+        hidden = block_f * block_h if two else 0
+        return (block_f * block_in + hidden + block_h * block_out) * dtype.itemsize
+
     block_in, block_out = _pad(widths[0], chunk), _pad(widths[-1], chunk)
-    weights = (block_f * block_in + (block_f * block_h if two else 0)) + block_h * block_out
-    # Registers of a thread that hold weights, were they resident.
-    held = weights * dtype.itemsize // (4 * 32 * warps)
+    held = backward and widest <= 32
+    registers = weight_bytes(block_in, block_out) // (4 * 32 * warps)  # of a thread
     resident = widths[0] <= block_in and widths[-1] <= block_out
-    resident = resident and (widest <= 32 if backward else held <= RESIDENT_REGISTERS)
-    if not resident and not backward and units and backend == "cuda":
-        # Operands of matrix units stay in shared memory, if all of them fit there.
-        whole_in, whole_out = _pad(widths[0], MAX_HIDDEN), _pad(widths[-1], MAX_HIDDEN)
-        weights = block_f * whole_in + (block_f * block_h if two else 0) + block_h * whole_out
-        staged = 32 * (block_h + whole_out) * 4  # what goes from one layout to another
+    resident = resident and (held if backward else registers <= RESIDENT_REGISTERS)
+    if not resident and units and backend == "cuda" and launch != "rest":
+        # Operands of matrix units stay in shared memory, if all of them fit there. Where a launch
+        # multiplies by both a weight and its transpose, two copies would have to.
+        whole = _pad(widths[0], MAX_HIDDEN), _pad(widths[-1], chunk if backward else MAX_HIDDEN)
+        staged = 32 * (block_h + whole[1]) * 4  # on the way from one layout to another
         room = 1024 * SHARED.get(capability, 99)
-        if max(widths) <= MAX_HIDDEN and weights * dtype.itemsize + staged <= room:
-            resident, block_m, warps = True, 32, 8
-            block_in, block_out = whole_in, whole_out
+        fit = widths[0] <= whole[0] and widths[-1] <= whole[1]
+        if fit and weight_bytes(*whole) + staged <= room:
+            resident, block_m, warps, (block_in, block_out) = True, 32, 8, whole
     block_m = min(block_m, _pad(rows, block_m))
     blocks = triton.cdiv(rows, block_m)
-    # With neither weights to hold nor parts to merge, a program takes one block and is done.
-    rows_per_part = (triton.cdiv(blocks, PROGRAMS) if resident or merged else 1) * block_m
+    # With neither weights to keep nor parts to merge, a program takes one block and is done.
+    alone = launch == "evaluation" and not resident
+    rows_per_part = (1 if alone else triton.cdiv(blocks, PROGRAMS)) * block_m
     return Shape(
         two, block_m, block_in, block_f, block_h, block_out, depth,
-        rows_per_part, triton.cdiv(rows, rows_per_part), warps, resident,
+        rows_per_part, triton.cdiv(rows, rows_per_part), warps, resident, held and resident,
     )  # fmt: skip
 
 
 class _Network:
     """Arguments every launch shares."""
 
-    def __init__(self, input, weights, biases, dropout_p, seed, backward, merged=True):
+    def __init__(self, input, weights, biases, dropout_p, seed):
         self.widths = (weights[0].shape[1], *(w.shape[0] for w in weights))
-        dtype, precision = input.dtype, dot_precision(input.dtype)
-        s = self.shape = shape(
-            input.shape[0], self.widths, dtype, precision, *architecture(input), backward, merged
-        )
+        self.input = input
         self.weights = [w.contiguous() for w in weights]
         self.biases = [b.contiguous() for b in biases]
-        p = dropout_p[0] if s.two and seed is not None else 0.0
+        two = len(weights) == 3
+        p = dropout_p[0] if two and seed is not None else 0.0
         self.seed = seed.contiguous() if p > 0 else None
         self.dropout = (drop_threshold(p), keep_scale(p))
         w1, b1 = self.weights[0], self.biases[0]
-        w2, b2 = (self.weights[1], self.biases[1]) if s.two else (None, None)
+        w2, b2 = (self.weights[1], self.biases[1]) if two else (None, None)
         self.front = (w1, b1, w2, b2)
         # in, first hidden, normalized hidden, out
         self.sizes = (self.widths[0], self.widths[1], self.widths[-2], self.widths[-1])
-        self.blocks = {
+
+    def cut(self, launch):
+        """Return the Shape of a launch and the constants it is compiled with, but BLOCK_OUT."""
+        dtype, precision = self.input.dtype, dot_precision(self.input.dtype)
+        where = architecture(self.input)
+        s = shape(self.input.shape[0], self.widths, dtype, precision, *where, launch)
+        return s, {
             "TWO": s.two,
             "BLOCK_M": s.block_m,
             "BLOCK_IN": s.block_in,
@@ -149,9 +162,8 @@ class _Network:
             "PRECISION": precision,
             "ACC": triton_accumulator(dtype),
             **options(s.num_warps, 1),
-            **register_limit(architecture(input)[0]),
+            **register_limit(where[0]),
         }
-        self.last_blocks = {"BLOCK_OUT": s.block_out}
 
 
 def _vector(tensor):
@@ -180,8 +192,9 @@ def research_net(
             saved[:channels] = running_mean
             saved[channels:] = (running_var.to(acc) + eps).rsqrt()
         return output, saved
-    net = _Network(input, weights, biases, dropout_p, seed, backward=False, merged=training)
-    s, part, statistics = net.shape, None, RUNNING.value
+    net = _Network(input, weights, biases, dropout_p, seed)
+    s, constants = net.cut("forward" if training else "evaluation")
+    part, statistics = None, RUNNING.value
     split = (s.rows_per_part, s.parts)
     with on_device(input):
         if training:
@@ -190,7 +203,7 @@ def research_net(
             # One program for each part of the rows.
             research_net_statistics_kernel[(s.parts,)](
                 input, *net.front, net.seed, part, rows, *net.sizes[:3], *input.stride(),
-                *net.dropout, *split, **net.blocks,
+                *net.dropout, *split, **constants,
             )  # fmt: skip
         # The same programs again; in evaluation the only launch.
         research_net_kernel[(s.parts,)](
@@ -198,7 +211,7 @@ def research_net(
             _vector(bn_bias), net.seed, running_mean, running_var, num_batches_tracked,
             _stride(running_mean), _stride(running_var), part, output, saved, rows, *net.sizes,
             *input.stride(), *net.dropout, momentum, eps, negative_slope, *split,
-            STATISTICS=statistics, **net.blocks, **net.last_blocks,
+            STATISTICS=statistics, BLOCK_OUT=s.block_out, **constants,
         )  # fmt: skip
     return output, saved
 
@@ -221,8 +234,8 @@ def research_net_backward(
     everything = [t for t in (dx, *gradients) if t is not None]
     if rows == 0 or not everything:
         return [t.zero_() for t in everything]
-    net = _Network(input, weights, biases, dropout_p, seed, backward=True)
-    s = net.shape
+    net = _Network(input, weights, biases, dropout_p, seed)
+    s, _ = net.cut("rest")
     sections = [tuple(w.shape) for w in weights]
     sections += [(1, b.shape[0]) for b in biases] + [(1, channels)] * 2
     sizes = section_sizes(sections)
@@ -235,17 +248,15 @@ def research_net_backward(
         saved, net.seed, part, dx, rows, *net.sizes, *grad_output.stride(), *input.stride(),
         *net.dropout, negative_slope, s.rows_per_part, s.parts, sum(sizes), *at,
     )  # fmt: skip
-    constants = {
-        "TRAINING": training,
-        "PARTS": triton.next_power_of_2(s.parts),
-        **net.blocks,
-        **net.last_blocks,
-    }
     with on_device(input):
         # One program for each part of the rows. In training, what comes before the batch norm waits
         # for the sums over all rows behind it.
         for last, rest in ((True, False), (False, True)) if training else ((True, True),):
-            research_net_grad_kernel[(s.parts,)](*arguments, LAST=last, REST=rest, **constants)
+            cut, constants = net.cut("rest" if rest else "last")
+            research_net_grad_kernel[(s.parts,)](
+                *arguments, LAST=last, REST=rest, TRAINING=training, HELD=cut.held,
+                PARTS=triton.next_power_of_2(s.parts), BLOCK_OUT=cut.block_out, **constants,
+            )  # fmt: skip
         if any(output_mask[1:]):
             merge(part, gradients, sections)
     return everything

@@ -1,7 +1,7 @@
 """Gradients of the whole network on chip: what the launcher in research_net.py runs backward.
 
-A program sums its rows' share of the weight gradients: in registers where the weights are RESIDENT,
-else in its own row of the partial sums, tile by tile, as they would not fit the registers. Nobody
+A program sums its rows' share of the weight gradients: in registers where they can be HELD, else
+in its own row of the partial sums, tile by tile, as they would not fit the registers. Nobody
 else touches that row, so it stays in the cache and needs no atomics. See research_net_kernels.py
 for the dimensions.
 """
@@ -73,12 +73,12 @@ def research_net_grad_kernel(
     LAST: tl.constexpr, REST: tl.constexpr, TRAINING: tl.constexpr, PARTS: tl.constexpr,
     TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_OUT: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HELD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients over a part of the rows, into row p of part [parts, row_length]. Grid: (parts,).
 
     LAST: of W3, b3, gamma and beta. REST: of W1, b1, W2, b2 and the input, which in training need
-    the merged sums of LAST.
+    the merged sums of LAST. Weights of REST are RESIDENT only where gradients are HELD.
     """
     part = tl.program_id(0)
     row_ptr = part_ptr + part.to(tl.int64) * row_length
@@ -97,6 +97,9 @@ def research_net_grad_kernel(
     if RESIDENT:
         w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
         w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+        if TWO:
+            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
+    if HELD:
         dw1 = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
         dw3 = tl.zeros([BLOCK_OUT, BLOCK_H], ACC)
         db3 = tl.zeros([BLOCK_OUT], ACC)
@@ -104,7 +107,6 @@ def research_net_grad_kernel(
         dbeta = tl.zeros([BLOCK_H], ACC)
         db1 = tl.zeros([BLOCK_F], ACC)
         if TWO:
-            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
             dw2 = tl.zeros([BLOCK_H, BLOCK_F], ACC)
             db2 = tl.zeros([BLOCK_H], ACC)
     first = part.to(tl.int64) * rows_per_part
@@ -138,10 +140,10 @@ def research_net_grad_kernel(
             else:
                 w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
                 da = multiply(g, w, da, PRECISION)
-            if LAST and RESIDENT:
+            if LAST and HELD:
                 dw3 = multiply(tl.trans(g), a, dw3, PRECISION)
                 db3 += tl.sum(g.to(ACC), 0)
-        if LAST and not RESIDENT:
+        if LAST and not HELD:
             # A loop of its own: operands of both products at once take too many registers.
             for at in range(0, OUT, BLOCK_OUT):
                 g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
@@ -153,7 +155,7 @@ def research_net_grad_kernel(
             sum_beta = tl.sum(du, 0)
             # Beyond the last row du is 0, but the rows computed there may hold infinities.
             sum_gamma = tl.sum(tl.where(in_m[:, None], du * normalized, 0.0), 0)
-            if RESIDENT:
+            if HELD:
                 dbeta += sum_beta
                 dgamma += sum_gamma
             else:
@@ -169,7 +171,7 @@ def research_net_grad_kernel(
             if TWO:
                 sum_b2 = tl.sum(dz, 0)
                 dz = tl.zeros([BLOCK_M, BLOCK_F], ACC)
-                if RESIDENT:
+                if HELD:
                     db2 += sum_b2
                     dw2 = multiply(tl.trans(operand), a1, dw2, PRECISION)
                     dz = multiply(operand, w2, dz, PRECISION)
@@ -180,13 +182,13 @@ def research_net_grad_kernel(
                     )
                 dz = activation_gradient(dz * scale, a1, 0.0, RELU)
                 operand = cast(dz, x_ptr.dtype.element_ty)
-            if RESIDENT:
+            if HELD:
                 db1 += tl.sum(dz, 0)
             else:
                 add_vector(row_ptr + at_b1, tl.sum(dz, 0), 0, F, fresh)
             for at in range(0, IN, BLOCK_IN):
                 x = load_rows(x_ptr, m, in_m, at, IN, stride_xm, stride_xk, BLOCK_IN)
-                if RESIDENT:
+                if HELD:
                     dw1 = multiply(tl.trans(operand), x, dw1, PRECISION)
                 else:
                     dw = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
@@ -203,14 +205,14 @@ def research_net_grad_kernel(
                     dx_at = dx_ptr + m[:, None] * IN + i[None, :]
                     mask = in_m[:, None] & (i < IN)[None, :]
                     tl.store(dx_at, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
-        if not RESIDENT:
+        if not HELD:
             tl.debug_barrier()  # a thread may read next what another one wrote
-    if RESIDENT and LAST:
+    if HELD and LAST:
         add_weight(row_ptr + at_w3, dw3, 0, OUT, 0, H, True)
         add_vector(row_ptr + at_b3, db3, 0, OUT, True)
         add_vector(row_ptr + at_gamma, dgamma, 0, H, True)
         add_vector(row_ptr + at_beta, dbeta, 0, H, True)
-    if RESIDENT and REST:
+    if HELD and REST:
         add_weight(row_ptr, dw1, 0, F, 0, IN, True)
         add_vector(row_ptr + at_b1, db1, 0, F, True)
         if TWO:

@@ -1,7 +1,7 @@
 """The whole network on chip: what the launchers in research_net.py run.
 
 A program walks blocks of rows. RESIDENT weights are loaded once, before the walk; those too large
-for the registers come from the cache for each block, a slice of the depth at a time: a product that
+for the chip come from the cache for each block, a slice of the depth at a time: a product that
 held its whole operand would spill. Activations live in registers and shared memory only, and
 backward computes them again from the input.
 

@@ -1,97 +1,29 @@
-"""The Triton kernels' PTX, executed in ptxsim: values, block order, memory traffic, launches.
+"""The ops' Triton kernels, executed in ptxsim: values, block order, memory traffic, launches.
 
-Shared-memory races and reads of shared memory nobody wrote raise; torch fills fresh tensors with
-NaN here, so a read of an output nobody wrote shows in the result. Where a GPU is at hand the
-common tests run the same kernels on it.
+Where a GPU is at hand the common tests run the same kernels on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from support import INTERPRETED
 from torch import Tensor
+from triton_simulator import (
+    BOTH,
+    SEED,
+    Op,
+    assert_lean,
+    check,
+    double,
+    names,
+    simulate,
+    simulator,  # noqa: F401
+    tolerance,
+)
 
 from fused_mlp import activations, reference
-
-pytest.importorskip("triton", reason="Triton is not installed")
-if INTERPRETED:
-    pytest.skip("Triton was imported to interpret, not to compile", allow_module_level=True)
-
-from ptxsim import LaunchStats, triton_driver
-
-SEED = (123456789012345678, -987654321987)
-BOTH = pytest.mark.parametrize(
-    "cc", [pytest.param(80, marks=pytest.mark.slow, id="sm_80"), pytest.param(90, id="sm_90")]
-)
-Op = Callable[[], list[Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _simulator() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
-    triton_driver.uninstall()
-    torch.set_float32_matmul_precision("highest")
-
-
-def simulate(cc: int, op: Op, **options: object) -> tuple[list[Tensor], list[LaunchStats]]:
-    """Run ``op`` on the simulator and return its results and one record a launch."""
-    triton_driver.reset()
-    triton_driver.install(cc=cc, stats=True, **options)
-    try:
-        return op(), triton_driver.records()
-    finally:
-        triton_driver.uninstall()
-
-
-def check(cc: int, op: Op, expected: list[Tensor], tolerance: float) -> list[LaunchStats]:
-    """Compare with float64 results, and bit for bit with another order of blocks and threads."""
-    results, records = simulate(cc, op, check_races=True, check_uninit=True)
-    assert len(results) == len(expected)
-    for result, exact in zip(results, expected, strict=True):
-        scale = max(exact.abs().max().item(), 1.0)
-        torch.testing.assert_close(result.double(), exact, rtol=0, atol=tolerance * scale)
-    shuffled, _ = simulate(cc, op, shuffle=7)
-    for result, other in zip(results, shuffled, strict=True):
-        assert torch.equal(result, other), "another order of blocks gives other bits"
-    return records
-
-
-def double(value: object) -> object:
-    if isinstance(value, list) and value and isinstance(value[0], Tensor):
-        return [double(v) for v in value]
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.double() if floating else value  # type: ignore[union-attr]
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    return {torch.float32: 2e-6, torch.float64: 1e-13}.get(dtype, 2e-2)
-
-
-def names(records: list[LaunchStats]) -> list[str]:
-    return [r.kernel.removesuffix("_kernel") for r in records]
-
-
-def moved(records: list[LaunchStats]) -> int:
-    """Bytes that warps move to and from global memory: 32 for each sector of each request.
-
-    Lanes of a request that ask for the same bytes, as every row of a tile does for the channel's
-    mean, get them from one transfer.
-    """
-    return sum(32 * (r.load_sectors + r.store_sectors) for r in records)
-
-
-def assert_lean(records: list[LaunchStats], need: int) -> None:
-    """At most 1.1 times the bytes needed, and at least 90 % of every sector used."""
-    assert moved(records) <= 1.1 * need, f"{moved(records) / need:.3f} times the need"
-    total = LaunchStats.total(records)
-    assert total.load_efficiency >= 0.9
-    assert total.store_efficiency >= 0.9
-
 
 # ------------------------------------------------------------------------------- normalize
 
@@ -343,129 +275,3 @@ def test_batch_norm_act_traffic(cc: int) -> None:
     _, records = simulate(cc, op)
     assert_lean(records[:2], 3 * size)
     assert_lean(records[2:], 5 * size)
-
-
-# --------------------------------------------------------------------------- research_net
-
-
-def network_op(
-    rows: int, widths: tuple[int, ...], dtype: torch.dtype, training: bool
-) -> tuple[Op, list[Tensor]]:
-    from fused_mlp.kernels import research_net as kernels
-
-    layers, channels = len(widths) - 1, widths[-2]
-    assert kernels.fits(widths, dtype)
-    x, g = torch.randn(rows, widths[0]).to(dtype), torch.randn(rows, widths[-1]).to(dtype)
-    weights = [
-        (torch.randn(n, k) / k**0.5).to(dtype) for k, n in zip(widths, widths[1:], strict=False)
-    ]
-    biases = [(torch.randn(n) / 4).to(dtype) for n in widths[1:]]
-    gamma, beta = (torch.rand(2, channels) + 0.5).to(dtype).unbind()
-    mean, var = torch.randn(channels).to(dtype) / 4, (torch.rand(channels) + 0.5).to(dtype)
-    seed, dropout = torch.tensor(SEED), [0.3] * (layers - 2)
-
-    def run(module: object, cast: Callable[[object], object]) -> list[Tensor]:
-        running = [cast(mean).clone(), cast(var).clone(), torch.tensor(4)]  # type: ignore[attr-defined]
-        network = [cast(v) for v in (x, weights, biases, gamma, beta)]
-        y, saved = module.research_net(  # type: ignore[attr-defined]
-            *network, *running, training, dropout, seed, 0.1, 1e-5, 0.01
-        )
-        gradients = module.research_net_backward(  # type: ignore[attr-defined]
-            cast(g), *network, saved, training, dropout, seed, 0.01, [True] * (2 * layers + 3)
-        )
-        return [y, saved, *running[:2], *gradients]
-
-    return lambda: run(kernels, lambda t: t), run(reference, double)
-
-
-@BOTH
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    ("rows", "widths", "precision"),
-    [
-        (100, (10, 64, 32, 5), "highest"),
-        pytest.param(150, (10, 64, 32, 5), "high", marks=pytest.mark.slow),
-        pytest.param(70, (9, 20, 7), "highest", marks=pytest.mark.slow),
-        pytest.param(70, (100, 128, 72, 80), "high", marks=pytest.mark.slow),
-    ],
-)
-def test_research_net(
-    cc: int, rows: int, widths: tuple[int, ...], precision: str, training: bool
-) -> None:
-    torch.set_float32_matmul_precision(precision)
-    op, expected = network_op(rows, widths, torch.float32, training)
-    if precision == "high":  # tf32: gates flip, so single elements differ; sums must not by much
-        results, records = simulate(cc, op, check_races=True, check_uninit=True)
-        for result, exact in zip(results, expected, strict=True):
-            error = (result.double() - exact).norm() / (exact.norm() + 1e-2 * exact.numel() ** 0.5)
-            assert error < 0.1
-        shuffled, _ = simulate(cc, op, shuffle=7)
-        assert all(map(torch.equal, results, shuffled))
-    else:
-        records = check(cc, op, expected, 5e-6)
-    kernels = names(records)
-    forward = ["research_net_statistics", "research_net"] if training else ["research_net"]
-    backward = ["research_net_grad"] * (2 if training else 1) + ["merge"]
-    assert kernels == forward + backward
-
-
-@BOTH
-def test_research_net_traffic(cc: int) -> None:
-    """Nothing of the batch's size moves but the input (twice) and the output."""
-    rows, widths = 4096, (32, 32, 32, 32)
-    torch.set_float32_matmul_precision("high")
-    op, _ = network_op(rows, widths, torch.float32, True)
-    _, records = simulate(cc, op)
-    size = 4 * rows * 32
-    weights = 4 * 3 * (32 * 32 + 32)
-    statistics, forward, last, rest, merge = records
-
-    def dram(record: LaunchStats) -> int:
-        return record.dram_read_bytes + record.dram_write_bytes
-
-    # Every program leaves a row of moments, and in backward one of gradients.
-    moments = statistics.grid[0] * 4 * (3 * 32 + 1)
-    gradients = last.grid[0] * (weights + 4 * 2 * 32)
-    assert dram(statistics) <= 1.1 * (size + weights + moments)
-    assert dram(forward) <= 1.1 * (2 * size + weights + moments)
-    assert dram(last) + dram(rest) <= 1.1 * (5 * size + 2 * weights + gradients)
-    assert dram(merge) <= 1.1 * (gradients + weights + 4 * 2 * 32)
-
-
-@BOTH
-@pytest.mark.parametrize("training", [True, False])
-def test_research_net_loads_weights_once_a_program(
-    cc: int, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twice the blocks of rows for as many programs load twice the rows and nothing else."""
-    from fused_mlp.kernels import research_net as kernels
-
-    monkeypatch.setattr(kernels, "PROGRAMS", 4)
-    torch.set_float32_matmul_precision("high")
-    loaded = []
-    for rows in (512, 1024):
-        kernels.shape.cache_clear()
-        op, _ = network_op(rows, (32, 32, 32, 32), torch.float32, training)
-        _, records = simulate(cc, op)
-        loaded.append(records)
-    kernels.shape.cache_clear()
-    more = 4 * 512 * 32
-    for few, many in zip(*loaded, strict=True):
-        assert few.grid == many.grid
-        grown = many.load_bytes - few.load_bytes
-        # Backward loads the rows twice, and their output's gradient.
-        assert grown == more if few.kernel.startswith(("research_net_kernel", "research_net_stat")) else (
-            grown <= 3 * more
-        )
-
-
-@BOTH
-def test_research_net_of_large_weights_loads_them_once_a_program_in_evaluation(cc: int) -> None:
-    """Weights beyond the registers: a program takes one block of rows, and each weight once."""
-    torch.set_float32_matmul_precision("high")
-    widths = (64, 128, 128, 64)
-    op, _ = network_op(100, widths, torch.float32, False)
-    _, (forward, *_) = simulate(cc, op)
-    weights = 4 * sum(k * n for k, n in zip(widths, widths[1:], strict=False))
-    of_a_program = (forward.load_bytes - 4 * 100 * widths[0]) / forward.grid[0]
-    assert weights <= of_a_program < 1.5 * weights  # vectors too, by every warp
