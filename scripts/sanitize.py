@@ -4,6 +4,7 @@
     make ubsan         # undefined behaviour: overflow, bad shifts, misaligned and null pointers
     make tsan          # data races
     python scripts/sanitize.py address -k dropout
+    python scripts/sanitize.py thread --plant    # a race in every parallel loop: is it reported?
 
 The library goes to a copy of the tree under build/sanitize, so the checkout keeps its own. A
 report ends the run: no test can pass over one. Needs g++ and its sanitizers' runtimes.
@@ -37,36 +38,62 @@ called_from_lib:libtorch_cpu.so
 called_from_lib:libtorch_python.so
 called_from_lib:libc10.so
 # its OpenMP: csrc/cpu/parallel.cpp tells of the order that its barriers make
-called_from_lib:libgomp
+called_from_lib:torch/lib/libgomp
+# What a thread of it kept is freed by the one that gets its stack later, in the C library, which
+# orders the two by what the kernel wrote.
+race:_dl_deallocate_tls
+# At the end of the process torch destroys a mutex of its own, then unlocks it as Python frees a
+# capsule of its.
+mutex:capsule_dealloc
 """
 # Tests that run no line of csrc/cpu, or run it in processes of their own.
 LEFT_OUT = (
     "bench", "build", "compile", "cuda", "demo", "distributed", "doctor", "examples", "export",
     "install", "module_processes", "other_devices", "over_group", "supply", "triton", "typing",
 )  # fmt: skip
-# Of the others, those with work for several threads: a race takes two, and elsewhere there is one.
-THREADED = ("module_life", "normalize", "prepared", "threads", "train_step")
+# Of the others, those that run every kernel, on several threads here: a race takes two.
+THREADED = (
+    "batch_norm_act", "batch_norm_leaky_relu", "bfloat16", "determinism", "dropout", "linear_act",
+    "linear_relu", "module_life", "normalize", "prepared", "research_net", "threads", "train_step",
+    "train_step_loop",
+)  # fmt: skip
+THREADS = "3"
+# What --plant makes of a task: one that counts in a variable of all threads.
+TASK = "body(begin, end, context);"
+RACE = f"static int64_t count; count += end - begin; {TASK}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sanitizer", choices=sorted(OPTIONS))
+    parser.add_argument("--plant", action="store_true", help="fail unless a planted race is seen")
     options, pytest_options = parser.parse_known_args()
-    tree = copy_tree(options.sanitizer)
-    build(tree, options.sanitizer)
-    return run_tests(tree, options.sanitizer, pytest_options)
+    if options.plant and options.sanitizer != "thread":
+        parser.error("only the thread sanitizer has a fault to plant")
+    tree = ROOT / "build" / "sanitize" / options.sanitizer
+    copy_tree(tree)
+    if options.plant:
+        file = tree / "csrc" / "cpu" / "parallel.cpp"
+        sound = file.read_text()
+        assert TASK in sound
+        file.write_text(sound.replace(TASK, RACE))
+    try:
+        build(tree, options.sanitizer)
+        failed = run_tests(tree, options.sanitizer, pytest_options)
+    finally:
+        for compiled in (tree / "objects").rglob("parallel*") if options.plant else ():
+            compiled.unlink()
+    return int(not any(tree.glob("report.*"))) if options.plant else failed
 
 
-def copy_tree(sanitizer: str) -> Path:
-    """A copy of what the tests need; what was compiled in it the last time stays."""
-    tree = ROOT / "build" / "sanitize" / sanitizer
+def copy_tree(tree: Path) -> None:
+    """Copy what the tests need; what was compiled there the last time stays."""
     ignore = shutil.ignore_patterns("_C_*", "__pycache__")
     for room in ROOMS:
         shutil.rmtree(tree / room, ignore_errors=True)
         shutil.copytree(ROOT / room, tree / room, ignore=ignore)
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tree)
-    return tree
 
 
 def build(tree: Path, sanitizer: str) -> None:
@@ -94,10 +121,13 @@ def run_tests(tree: Path, sanitizer: str, pytest_options: list[str]) -> int:
         name: f"{text.format(tree=tree)}:log_path={tree}/report"
         for name, text in OPTIONS[sanitizer].items()
     }
+    if sanitizer == "thread":
+        settings["FUSED_MLP_TEST_THREADS"] = THREADS
     environment = {
         **environment_of(tree),
         **settings,
         "FUSED_MLP_JIT": "0",
+        "PYTHONUNBUFFERED": "1",  # a report ends the process, with what it had not yet printed
         # libstdc++ at once, for its __cxa_throw is looked up when the runtime starts
         "LD_PRELOAD": f"{runtime(RUNTIMES[sanitizer])} {runtime('libstdc++.so')}",
     }

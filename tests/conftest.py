@@ -85,10 +85,11 @@ def _same_state() -> Iterator[None]:
     """Seed torch's generators, run on one thread, and give back the number of threads.
 
     Torch splits even small operations, and where other processes hold the cores each split waits
-    for them: these files then take ten times as long. ``all_threads`` is for what needs several.
+    for them: these files then take ten times as long. ``all_threads`` is for what needs several;
+    FUSED_MLP_TEST_THREADS sets another number than one (``make tsan``).
     """
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("FUSED_MLP_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(_THREADS)
 
