@@ -7,7 +7,8 @@ From the source archive, the wheel or an editable tree; with all of g++, nvcc, n
 without each, and without any; under each torch. An installation passes when the package imports,
 computes, and its doctor names exactly the tools that are there and the backend that runs. Each
 torch is installed once, below build/install_matrix, and seen by the environments through a .pth
-file. With ccache on PATH the compilers' work is done once for each torch.
+file. Compilers run at -O1, and with ccache on PATH once for all: what they get is installed and
+called, not measured.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "install_matrix"
+BUILDS = WORK / "builds"  # every tree that is compiled, pip's among them
 KINDS = ("sdist", "wheel", "editable")
 PROGRAMS = {
     "g++": ("g++", "c++", "clang++"),
@@ -53,7 +55,7 @@ def main() -> int:
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     options = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
+    BUILDS.mkdir(parents=True, exist_ok=True)
     triton = install_triton()
     failed = 0
     print("| torch | from | tools | CPU ops run on | CUDA library | result |")
@@ -127,7 +129,7 @@ def build_wheel(packages: Path, archive: Path) -> Path:
     folder = WORK / "wheel"
     shutil.rmtree(folder, ignore_errors=True)
     words = ("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, archive)
-    environment = {**os.environ, "FUSED_MLP_CPU": "1", "FUSED_MLP_CUDA": "0", **with_ccache()}
+    environment = {**os.environ, "FUSED_MLP_CPU": "1", "FUSED_MLP_CUDA": "0", **with_compilers()}
     call(python_of(packages), "-m", "pip", *words, environment=environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -135,31 +137,40 @@ def build_wheel(packages: Path, archive: Path) -> Path:
 
 def unpack(archive: Path) -> Path:
     """The tree of an editable install: what the archive holds, so the archive is complete."""
-    folder = WORK / "tree"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.unpack_archive(archive, folder)
-    (tree,) = folder.iterdir()
-    return tree
+    shutil.unpack_archive(archive, BUILDS)
+    tree = BUILDS / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    return (BUILDS / archive.name.removesuffix(".tar.gz")).rename(tree)
 
 
 def python_of(packages: Path) -> Path:
     return packages.parents[2] / "bin" / "python"
 
 
-def with_ccache() -> dict[str, str]:
-    """PATH with compilers that remember, wherever their build lies; nothing without ccache."""
-    if not (ccache := shutil.which("ccache")):
-        return {}
-    folder = WORK / "ccache"
+# Called where the sources lie, a compiler sees the same words whoever calls it, and ccache the same
+# paths relative to BUILDS.
+COMPILER = """#!/bin/sh
+for word; do case $word in */csrc/*) cd "${{word%%/csrc/*}}"; esac; done
+exec {ccache} {real} "$@" -O1
+"""
+
+
+def with_compilers() -> dict[str, str]:
+    """Return variables that put compilers on PATH which take little time."""
+    folder = WORK / "compilers"
     folder.mkdir(exist_ok=True)
     for name in ("g++", "nvcc"):
         if real := shutil.which(name):
-            (folder / name).write_text(f'#!/bin/sh\nexec {ccache} {real} "$@"\n')
-            (folder / name).chmod(0o755)
+            text = COMPILER.format(ccache=shutil.which("ccache") or "", real=real)
+            program = folder / name
+            if not program.exists() or program.read_text() != text:  # ccache notes its time
+                program.write_text(text)
+                program.chmod(0o755)
     return {
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-        "CCACHE_DIR": str(WORK / "ccache-files"),
-        "CCACHE_BASEDIR": "/",
+        "TMPDIR": str(BUILDS),
+        "CCACHE_DIR": str(WORK / "ccache"),
+        "CCACHE_BASEDIR": str(BUILDS),
         "CCACHE_NOHASHDIR": "1",
     }
 
@@ -175,11 +186,11 @@ class Environment:
         self.packages = self.folder / torch.relative_to(torch.parents[2])
         seen = [str(torch), *([str(triton)] if "triton" in tools else [])]
         (self.packages / "seen.pth").write_text("\n".join(seen) + "\n")
-        settings = with_ccache()
+        settings = with_compilers()
         self.variables = {
             **{name: text for name, text in os.environ.items() if not name.startswith("FUSED_MLP")},
             **settings,
-            "PATH": str(self.show_programs(settings.get("PATH", os.environ["PATH"]))),
+            "PATH": str(self.show_programs(settings["PATH"])),
             "FUSED_MLP_CACHE": str(self.folder / "cache"),
             "FUSED_MLP_CUDA_ARCHS": "75",  # one is as good as eight here
             # a folder without nvcc hides the one in /usr/local/cuda
@@ -216,7 +227,7 @@ class Environment:
         Raises AssertionError where the doctor says anything that is not so.
         """
         location = Path(self.run("-c", USE).splitlines()[-1])
-        assert location.is_relative_to(WORK / ("tree" if kind == "editable" else "environment"))
+        assert location.is_relative_to(BUILDS / "tree" if kind == "editable" else self.folder)
         report: dict[str, Any] = json.loads(self.run("-m", "fused_mlp", "doctor", "--json"))
         assert report["problems"] == [], report["problems"]
         assert report["torch"]["version"].split("+")[0] == torch, report["torch"]
