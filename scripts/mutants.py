@@ -2,6 +2,7 @@
 
     make mutants                          # 104 mutants, the same ones for the same seed and sources
     make mutants MUTANTS='--seed 2 --count 200 --only cpu'
+    make mutants MUTANTS='--only autograd triton --files "*/ops/*" kernels/activations.py'
 
 Works on a copy of the tree under build/mutants: each mutant changes one place there by one rule
 (``OPERATORS``), builds what that needs (one file of the CPU library, for one instruction set) and
@@ -27,6 +28,7 @@ import tokenize
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +100,18 @@ GROUPS = {
         ("fused_mlp/reference.py", "fused_mlp/dropout.py"), 26, {"FUSED_MLP_BACKEND": "reference"}
     ),
     "autograd": Group(
-        tuple(f"fused_mlp/ops/{op}.py" for op in OPS), 6, {"FUSED_MLP_BACKEND": "native"}
+        tuple(f"fused_mlp/ops/{name}.py" for name in (*OPS, *ACTIVATIONS, "over_group")),
+        6,
+        {"FUSED_MLP_BACKEND": "native"},
     ),
     "cpu": Group(
         (
             "csrc/common/philox.h",
             *(f"csrc/cpu/kernels/{name}" for name in (
                 "batch_norm.h", "moments.h", "gemm.h", "weight_grad.h", "dropout.h",
-                "normalize.cpp", "linear_relu.cpp", "batch_norm_leaky_relu.cpp", "dropout.cpp",
-                "gemm.cpp", "research_net.cpp", "research_net_backward.cpp",
+                "activation.h", "elementary.h", "few_rows.h", "blocked_gemm.h", "rows.h",
+                "normalize.cpp", "linear_act.cpp", "batch_norm_act.cpp", "activation.cpp",
+                "dropout.cpp", "gemm.cpp", "research_net.cpp", "research_net_backward.cpp",
                 "research_net_evaluate.cpp", "research_net_wide.cpp",
                 "research_net_wide_backward.cpp", "loss.cpp", "optimizer.cpp",
             )),
@@ -117,7 +122,10 @@ GROUPS = {
     "triton": Group(
         tuple(
             f"kernels/{name}.py"
-            for name in (*OPS, "research_net_grad", "research_net_kernels", "moments", "philox")
+            for name in (
+                *OPS, "research_net_grad", "research_net_kernels", "moments", "philox",
+                "activations", "matmul", "merge",
+            )
         ),
         24,
         {"FUSED_MLP_BACKEND": "triton", "TRITON_INTERPRET": "1"},
@@ -181,12 +189,12 @@ def all_mutants(group: str) -> list[Mutant]:
     return list(found.values())
 
 
-def choose(groups: list[str], count: int, seed: int) -> list[Mutant]:
+def choose(groups: list[str], count: int, seed: int, files: list[str]) -> list[Mutant]:
     """Draw mutants: of every group its share, of its operators and files alike in turn."""
     chosen = []
     total = sum(GROUPS[group].share for group in groups)
     for group in groups:
-        left = all_mutants(group)
+        left = [m for m in all_mutants(group) if any(fnmatch(m.file, p) for p in files)]
         random.Random(f"{seed} {group}").shuffle(left)
         seen: dict[str, int] = {}
         for _ in range(min(len(left), round(count * GROUPS[group].share / total))):
@@ -210,8 +218,12 @@ def tests_for(mutant: Mutant) -> list[str]:
         order = ["linear_relu", "research_net"]
     if "loss" in name or "optimizer" in name:
         order = ["train_step", "train_step_loop"]
+    elif mutant.group == "autograd" and "over_group" in name:
+        order = ["over_group", "distributed"]
     elif mutant.group == "autograd" or mutant.scope.endswith("_formula"):
+        order = order or [*OPS, *ACTIVATIONS]
         order += ["autograd_tools", "functional_transforms", "autograd"]
+        order += ["patterns", "opcheck", "bad_input"] if mutant.group == "autograd" else []
     else:
         order += ["linear_relu", "batch_norm_leaky_relu", "research_net", "normalize"]
         order += ["prepared"] if mutant.group == "cpu" else []
@@ -317,6 +329,18 @@ def copy_tree() -> None:
         shutil.copyfile(ROOT / file, COPY / file)
 
 
+def copy_library() -> None:
+    """Lend the copy the CPU library of the checkout: no file of it is to be mutated."""
+    sys.path.insert(0, str(ROOT))
+    from fused_mlp import backends
+
+    (state,) = (s for s in backends.status() if (s.device, s.name) == ("cpu", "native"))
+    if not state.available:
+        raise SystemExit(f"no CPU library: {state.detail}")
+    for file in (ROOT / "fused_mlp").glob("_C_cpu.*"):
+        shutil.copy2(file, COPY / "fused_mlp")
+
+
 def try_mutant(mutant: Mutant, library: Library | None) -> tuple[str, str]:
     path = COPY / mutant.file
     original = path.read_text()
@@ -341,15 +365,20 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=104)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=tuple(GROUPS), nargs="+", default=list(GROUPS))
+    parser.add_argument(
+        "--files", nargs="+", default=["*"], metavar="PATTERN", help="of these only"
+    )
     parser.add_argument("--output", type=Path, help="where to keep the results, as JSON")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     options = parser.parse_args()
-    mutants = choose(options.only, options.count, options.seed)
+    mutants = choose(options.only, options.count, options.seed, options.files)
     if options.list:
         print("\n".join(map(str, mutants)))
         return 0
     copy_tree()
-    library = Library() if {"cpu", "autograd"} & set(options.only) else None
+    library = Library() if any(mutant.group == "cpu" for mutant in mutants) else None
+    if not library:
+        copy_library()
     results = []
     for number, mutant in enumerate(mutants, 1):
         start = time.monotonic()

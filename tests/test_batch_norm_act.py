@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support import (
     DTYPES,
     LAYOUTS,
+    assert_same_differentiable_gradients,
     assert_same_nonfinite,
     batch_norm_case,
     check_case,
@@ -110,6 +111,14 @@ def test_nan_gradient_stops_at_the_relu(device: torch.device) -> None:
     grad = torch.where(output <= 0, float("nan"), 1.0).to(output)
     for result in torch.autograd.grad(output, tensors, grad):
         assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_differentiable_gradients_know_eps(device: torch.device, training: bool) -> None:
+    """A gradient that is itself differentiable comes from a formula: eps stands there as well."""
+    options = {"activation": "relu", "p": 0.3, "dtype": torch.float64, "eps": 0.5}
+    case = batch_norm_case((17, 5), training, device=device, **options)
+    assert_same_differentiable_gradients(case)
 
 
 def test_batch_norm_leaky_relu_is_the_special_case(device: torch.device) -> None:

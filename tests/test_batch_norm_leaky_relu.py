@@ -12,6 +12,7 @@ from support import (
     INTERPRETED,
     LAYOUTS,
     assert_as_accurate,
+    assert_same_differentiable_gradients,
     assert_same_nonfinite,
     batch_norm_case,
     check_case,
@@ -289,15 +290,7 @@ def test_properties(device: torch.device, rows, channels, length, training, affi
 def test_differentiable_gradients_know_eps(device: torch.device, training: bool) -> None:
     """A gradient that is itself differentiable comes from a formula: eps stands there as well."""
     case = batch_norm_case((17, 5), training, dtype=torch.float64, device=device, eps=0.5)
-    x = case.tensors["input"].requires_grad_()
-    rest = list(case.tensors.values())[1:]
-    grads = []
-    for function in (case.fused, case.plain):
-        y = function(x, *rest)
-        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(grad.square().sum(), x)
-        grads.append((grad, second))
-    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+    assert_same_differentiable_gradients(case)
 
 
 # --------------------------------------------------------------------------------- mistakes

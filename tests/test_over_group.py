@@ -100,8 +100,9 @@ def penalty_of_shard(rank, rows, tensors):
     input = shard(rank, rows, tensors["input"]).requires_grad_()
     weight, bias = (tensors[n].requires_grad_() for n in ("weight", "bias"))
     output = functional.batch_norm_leaky_relu(
-        input, None, None, weight, bias, training=True, process_group=distributed.group.WORLD
-    )
+        input, None, None, weight, bias, training=True, eps=0.5,
+        process_group=distributed.group.WORLD,
+    )  # fmt: skip
     grad = shard(rank, rows, tensors["grad"])
     (gradient,) = torch.autograd.grad(output, input, grad, create_graph=True)
     gradient.square().sum().backward()
@@ -114,7 +115,8 @@ def test_gradient_penalty_of_shards_is_that_of_the_whole_batch(two_processes):
         penalty_of_shard, (3, 6), tensors
     )
     input, weight = (tensors[n].clone().requires_grad_() for n in ("input", "weight"))
-    output = F.leaky_relu(F.batch_norm(input, None, None, weight, tensors["bias"], True), 0.01)
+    output = F.batch_norm(input, None, None, weight, tensors["bias"], True, eps=0.5)
+    output = F.leaky_relu(output, 0.01)
     (gradient,) = torch.autograd.grad(output, input, tensors["grad"], create_graph=True)
     gradient.square().sum().backward()
     torch.testing.assert_close(torch.cat([first, second]), input.grad)
@@ -191,14 +193,16 @@ def test_normalize_of_shards_twice_differentiated(two_processes):
     whole, grad = torch.randn(2, 9, 4, dtype=torch.float64)
     first, second = two_processes.run(penalty_of_normalized_shard, (2, 7), whole, grad)
     input = whole.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(plain_normalize(input), input, grad, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        plain_normalize(input, eps=0.5), input, grad, create_graph=True
+    )
     gradient.square().sum().backward()
     torch.testing.assert_close(torch.cat([first, second]), input.grad)
 
 
 def penalty_of_normalized_shard(rank, rows, whole, grad):
     input = shard(rank, rows, whole).requires_grad_()
-    output = functional.normalize(input, process_group=distributed.group.WORLD)
+    output = functional.normalize(input, eps=0.5, process_group=distributed.group.WORLD)
     (gradient,) = torch.autograd.grad(output, input, shard(rank, rows, grad), create_graph=True)
     gradient.square().sum().backward()
     return input.grad

@@ -13,6 +13,7 @@ from support import (
     LAYOUTS,
     Case,
     assert_as_accurate,
+    assert_same_differentiable_gradients,
     assert_same_nonfinite,
     check_case,
     keep_mask,
@@ -162,6 +163,14 @@ def test_bias_before_a_batch_norm_of_equal_weights(device: torch.device) -> None
     for name in ("biases[2]", "bn_weight"):
         case.tensors[name] = lay_out(case.tensors[name], "expanded")
     check_case(case)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_differentiable_gradients_know_eps(device: torch.device, training: bool) -> None:
+    """A gradient that is itself differentiable comes from a formula: eps stands there as well."""
+    options = {"p": 0.3, "dtype": torch.float64, "eps": 0.5}
+    case = research_case(17, (4, 6, 5, 3), training, device=device, **options)
+    assert_same_differentiable_gradients(case)
 
 
 def test_large_offset(device: torch.device) -> None:

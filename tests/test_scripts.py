@@ -108,3 +108,20 @@ def test_tools_of_the_install_matrix_are_hidden(tmp_path: Path) -> None:
         }
     assert shown["g++-ninja"] == {*names, "python3.11"} - {"nvcc"}
     assert shown["nvcc"] == {"nvcc", "ld", "python3.11"}
+
+
+def test_mutants_are_drawn_from_files_that_are_there() -> None:
+    mutants = load("mutants")
+    for name, group in mutants.GROUPS.items():
+        assert mutants.all_mutants(name), name
+        for file in group.files:
+            assert (mutants.ROOT / file).is_file()
+    everywhere = mutants.choose(list(mutants.GROUPS), 104, 0, ["*"])
+    assert len(everywhere) == len(set(everywhere)) == 104
+    assert mutants.choose(list(mutants.GROUPS), 104, 0, ["*"]) == everywhere
+    chosen = mutants.choose(["autograd", "triton"], 20, 0, ["*/ops/over_group.py"])
+    assert {mutant.file for mutant in chosen} == {"fused_mlp/ops/over_group.py"}
+    for mutant in [*everywhere, *chosen]:
+        assert mutant.before != mutant.after
+        for file in mutants.tests_for(mutant):
+            assert (mutants.ROOT / file).is_file()

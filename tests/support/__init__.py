@@ -1,6 +1,11 @@
 """What the tests of every op share: an independent oracle, the accuracy rule, sample arguments."""
 
-from .accuracy import assert_as_accurate, assert_same_nonfinite, check_case
+from .accuracy import (
+    assert_as_accurate,
+    assert_same_differentiable_gradients,
+    assert_same_nonfinite,
+    check_case,
+)
 from .cases import (
     DTYPES,
     EXAMPLES,
@@ -24,6 +29,7 @@ __all__ = [
     "LAYOUTS",
     "Case",
     "assert_as_accurate",
+    "assert_same_differentiable_gradients",
     "assert_same_nonfinite",
     "batch_norm_case",
     "check_case",

@@ -123,3 +123,15 @@ def check_case(
         partner = case.scales.get(what.removeprefix("gradient of "))
         scale = exact_gradients[partner] if partner else None
         assert_as_accurate(fused, eager, exact, f"{case.name}: {what}", scale, case.roundings)
+
+
+def assert_same_differentiable_gradients(case: Case) -> None:
+    """Assert that eager's gradients of a float64 ``case``, and theirs, are the fused op's too."""
+    x, *rest = (t.detach().requires_grad_() for t in case.tensors.values())
+    found = []
+    for function in (case.fused, case.plain):
+        output = function(x, *rest)
+        gradients = torch.autograd.grad(output.square().sum(), [x, *rest], create_graph=True)
+        (second,) = torch.autograd.grad(gradients[0].square().sum(), x)
+        found.append((*gradients, second))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
