@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from statistics import median
 
-from . import overhead, tables
+from . import aims, overhead, tables
 from .cases import NETWORK
 from .results import Results, Row
 from .rivals import AGAIN, EAGER, FUSED, KERNEL
@@ -78,6 +78,10 @@ def sections(
     for name, rows in main.extra.items():
         yield f"### {name.capitalize()}"
         yield tables.plain(rows)
+    if missed := list(aims.missed(main)):
+        yield "### Aims not reached"
+        yield "What the CPU kernels are meant to gain (`bench/aims.py`), and what falls short."
+        yield from missed
     yield "### Where others are faster, and what could not run"
     for name, part in {"": main, **others}.items():
         losing = tables.losing_lines(part)

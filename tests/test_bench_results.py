@@ -172,6 +172,7 @@ def test_docs_are_rewritten_between_their_marks(tmp_path: Path) -> None:
     assert text.endswith("\nafter\n")
     assert "old\n" not in text
     assert "| 10,64,32,5 | 32 | train | 100 µs | 50 µs | **2.00×** | – | – | – | 1.00× |" in text
+    assert "| 10,64,32,5 | train | 32: 2.00× (4×) |" in text  # an aim not reached
     assert "revisions `None` (net-10-train); `abc` (avx2)" in text
     assert "GPUs: predictions, nothing here was measured on one\n\n#### Steps beside" in text
     assert "long" not in text
