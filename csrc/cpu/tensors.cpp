@@ -38,8 +38,12 @@ Tensor new_empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-  if (bytes > 0) advise_large_pages(tensor.mutable_data_ptr(), bytes);
+  // Torch is not asked about small tensors: three calls of its interface each.
+  constexpr int64_t kMany = int64_t{1} << 16;
+  if (stride >= kMany && tensor.numel() > 0) {
+    advise_large_pages(tensor.mutable_data_ptr(),
+                       static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  }
   return tensor;
 }
 

@@ -30,14 +30,12 @@ inline void finish_statistics(const Op& op, int64_t channels, double count, cons
   if (count == 0) return;
   const auto update = [&](ChannelVector running, const double* fresh, double factor) {
     if (running.data == nullptr) return;
-    dispatch(running.dtype, [&](auto element) {
-      using S = decltype(element);
-      S* values = static_cast<S*>(running.data);
-      for (int64_t c = 0; c < channels; ++c, values += running.stride) {
-        const double old = static_cast<double>(widen(*values));
-        const double value = (1 - op.momentum) * old + op.momentum * (fresh[c] * factor);
-        *values = narrow<S>(static_cast<Compute<S>>(value));
-      }
+    const double momentum = op.momentum;
+    for_channels(running, channels, [&](int64_t c, auto& value) {
+      using S = std::remove_reference_t<decltype(value)>;
+      const double old = static_cast<double>(widen(value));
+      value =
+          narrow<S>(static_cast<Compute<S>>((1 - momentum) * old + momentum * (fresh[c] * factor)));
     });
   };
   update(op.running_mean, mean, 1);
@@ -60,10 +58,11 @@ inline void make_affine(const T* mean, const T* rstd, ChannelVector weight, Chan
                         int64_t channels, int64_t room, Affine<T> to) {
   copy_channels<T>(weight, channels, room, T(1), to.scale);
   copy_channels<T>(bias, channels, room, T(0), to.shift);
-  for (int64_t c = 0; c < room; ++c) {
-    to.mean[c] = c < channels ? mean[c] : T(0);
-    to.scale[c] *= c < channels ? rstd[c] : T(0);
+  for (int64_t c = 0; c < channels; ++c) {
+    to.mean[c] = mean[c];
+    to.scale[c] *= rstd[c];
   }
+  for (int64_t c = channels; c < room; ++c) to.mean[c] = to.scale[c] = 0;
 }
 
 template <class T>

@@ -22,10 +22,10 @@ constexpr int64_t kThreadWork = int64_t{1} << 18;
 // One element of a pass over memory costs about as much as this many multiply-adds.
 constexpr int64_t kPassCost = 16;
 constexpr int64_t kMaxChunks = 16;
-// Fewest rows of a chunk that sums a value a column, and of one that multiplies by weights: those
-// of fewer rows read a weight for too few products, and merging a weight's gradient costs as much
-// as the products of about 8 rows.
-constexpr int64_t kLeastRows = 4;
+// Fewest rows of a chunk that sums a value a column, and of one that multiplies by weights: merging
+// the sums of 4 rows of 4096 columns took as long as adding them up, and chunks of fewer rows read
+// a weight for too few products, where merging its gradient costs as much as those of about 8 rows.
+constexpr int64_t kLeastRows = 16;
 constexpr int64_t kLeastProductRows = kBlockRows;
 
 // Chunks for `rows` rows of `work` multiply-adds each: a power of two, so two threads share evenly,

@@ -45,26 +45,32 @@ template <class S, int kRows, class Finish>
 void few_rows_layer(const S* weight, const Compute<S>* bias, int64_t in, int64_t features,
                     int64_t count, const Compute<S>* before, int64_t stride, const Finish& finish) {
   using T = Compute<S>;
-  // Two vectors, since one sum waits for itself.
-  constexpr int kVectors = kRows == 1 ? 2 : 1;
+  constexpr int64_t kWidth = kLanes<T>;
   const T* rows[kRows];
   for (int row = 0; row < kRows; ++row) rows[row] = before + smaller(row, count - 1) * stride;
-  for (int64_t f = 0; f < features; f += kVectors * kLanes<T>) {
+  const auto run = [&](int64_t f, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
     Vec<T> z[kVectors][kRows];
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t width = smaller(kLanes<T>, features - f - v * kLanes<T>);
+      const int64_t first = f + v * kWidth;
       const Vec<T> start =
-          width > 0 ? load_up_to(bias + f + v * kLanes<T>, static_cast<int>(width)) : Vec<T>{};
+          load_up_to(bias + first, static_cast<int>(smaller(kWidth, features - first)));
       for (int row = 0; row < kRows; ++row) z[v][row] = start;
     }
     add_few_rows<S, kRows, kVectors>(weight + f * in, in, features - f, rows, z);
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t width = smaller(kLanes<T>, features - f - v * kLanes<T>);
-      for (int row = 0; width > 0 && row < smaller(kRows, count); ++row) {
-        finish(row, f + v * kLanes<T>, static_cast<int>(width), z[v][row]);
-      }
+      const int64_t first = f + v * kWidth;
+      const int width = static_cast<int>(smaller(kWidth, features - first));
+      for (int row = 0; row < smaller(kRows, count); ++row) finish(row, first, width, z[v][row]);
     }
+  };
+  // Two vectors, since one sum waits for itself; the lines of more would share cache sets.
+  constexpr int kMany = kRows <= 2 ? 2 : 1;
+  int64_t f = 0;
+  for (; f + kMany * kWidth <= features; f += kMany * kWidth) {
+    run(f, std::integral_constant<int, kMany>{});
   }
+  for (; f < features; f += kWidth) run(f, std::integral_constant<int, 1>{});
 }
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

@@ -60,6 +60,15 @@ bool all_equal(const S* x, int64_t n) {
   return sum_lanes<T>(differs) == 0;
 }
 
+// Asks for `count` values in a row: what comes after those that are read twice now. add_block reads
+// down columns besides, and where a page holds several of its rows, the processor does not see what
+// is coming: without this, 4096 x 512 took twice as long.
+template <class S>
+inline void prefetch(const S* x, int64_t count) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(x + i);
+}
+
 // Adds `count` values in a row.
 template <class S>
 inline void add_span(const S* x, int64_t count, Moments& moments) {
@@ -67,6 +76,7 @@ inline void add_span(const S* x, int64_t count, Moments& moments) {
   constexpr int64_t kStep = 4 * kLanes<T>;  // four sums hide the latency of an addition
   for (; count > 0; x += kSpan, count -= kSpan) {
     const int64_t n = smaller(count, kSpan);
+    prefetch(x + n, smaller(count - n, kSpan));
     Vec<T> sum[4] = {};
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
@@ -207,8 +217,8 @@ struct Folded {
   static Folded of(int64_t rows, int64_t channels) {
     int64_t fold = 1;
     if (channels < kFoldedColumns && channels % kLanes<T> != 0) {
-      fold = kLanes<T>;
-      while (channels * fold < 64) fold *= 2;
+      while (channels * fold % kLanes<T> != 0) fold *= 2;
+      while (channels * fold < kFoldedColumns) fold *= 2;
     }
     return {channels, rows / fold, channels * fold, rows % fold * channels};
   }
@@ -221,7 +231,9 @@ struct Folded {
 // One value a channel, repeated over the columns of the wide matrix.
 template <class T>
 inline void repeat(const T* from, const Folded& shape, T* to) {
-  for (int64_t c = 0; c < shape.columns; ++c) to[c] = from[c % shape.channels];
+  for (int64_t start = 0; start < shape.columns; start += shape.channels) {
+    for (int64_t c = 0; c < shape.channels; ++c) to[start + c] = from[c];
+  }
 }
 
 // Mean and m2 of every channel of x[rows, channels], contiguous.
@@ -239,6 +251,8 @@ inline void column_moments(const S* x, int64_t rows, int64_t channels, double* m
     double* chunk_m2 = chunk_mean + shape.columns;
     for (int64_t i = 0; i < room; ++i) chunk_mean[i] = 0;
     for (int64_t row = begin; row < end; row += block_rows) {
+      prefetch(x + (row + block_rows) * shape.columns,
+               smaller(block_rows, end - row - block_rows) * shape.columns);
       add_block(x + row * shape.columns, shape.columns, smaller(block_rows, end - row),
                 shape.columns, static_cast<double>(row - begin), chunk_mean, chunk_m2);
     }
@@ -293,7 +307,9 @@ struct Terms {
 };
 
 // Sums terms(i, c, width) over the rows of every channel: i counts the elements of the folded
-// matrix and c its columns. Rows go in order, as memory likes them; the sums of 64 go on in double.
+// matrix and c its columns. Rows go in order, as memory likes them. Short ones and those of a page
+// or more go by fours, since sums in memory are read and written each time: a fifth less time, but
+// a third more where four rows share a page. The sums of 64 rows go on in double.
 template <class T, class Body>
 inline void column_sums(const Folded& shape, const Body& terms, double* first, double* second) {
   const int64_t rows = shape.all_rows(), columns = round_up(shape.columns, kLanes<T>);
@@ -302,19 +318,31 @@ inline void column_sums(const Folded& shape, const Body& terms, double* first, d
               chunks * (Arena::bytes<double>(2 * columns) + Arena::bytes<T>(2 * columns)));
   double* partial = arena.take<double>(chunks * 2 * columns);
   T* blocks = arena.take<T>(chunks * 2 * columns);
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+  const bool by_fours = bytes <= 128 || bytes >= 4096;
   for_chunks(rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     double* total = partial + chunk * 2 * columns;
     T* block = blocks + chunk * 2 * columns;
     for (int64_t i = 0; i < 2 * columns; ++i) total[i] = 0;
     for (int64_t start = begin; start < end; start += kBlockRows) {
       for (int64_t i = 0; i < 2 * columns; ++i) block[i] = 0;
-      for (int64_t row = start; row < smaller(end, start + kBlockRows); ++row) {
+      const auto add = [&](int64_t row, auto many) {
         for_vectors<T>(shape.width(row), [&](int64_t c, int width) {
-          const Terms<T> term = terms(row * shape.columns + c, c, width);
-          store_raw(block + c, load_raw(block + c) + term.first);
-          store_raw(block + columns + c, load_raw(block + columns + c) + term.second);
+          Vec<T> sum = load_raw(block + c), sum_x = load_raw(block + columns + c);
+          for (int64_t i = 0; i < many(); ++i) {
+            const Terms<T> term = terms((row + i) * shape.columns + c, c, width);
+            sum += term.first;
+            sum_x += term.second;
+          }
+          store_raw(block + c, sum);
+          store_raw(block + columns + c, sum_x);
         });
-      }
+      };
+      const int64_t stop = smaller(end, start + kBlockRows);
+      const int64_t whole = by_fours ? smaller(stop, shape.rows) : 0;
+      int64_t row = start;
+      for (; row + 4 <= whole; row += 4) add(row, std::integral_constant<int64_t, 4>{});
+      for (; row < stop; ++row) add(row, std::integral_constant<int64_t, 1>{});
       for (int64_t i = 0; i < 2 * columns; ++i) total[i] += static_cast<double>(block[i]);
     }
   });

@@ -11,11 +11,14 @@ double deviation(const Normalize& op, double m2) {
   return std::sqrt(m2 / (freedom > 0 ? freedom : 0));
 }
 
+// Fewest spans of a chunk.
+constexpr int64_t kLeastSpans = 4;
+
 // Moments of one long span, cut into chunks for the threads.
 template <class S>
 Moments span_moments(const S* x, int64_t count) {
   const int64_t spans = ceil_div(count, kSpan);
-  const int64_t chunks = chunk_count(spans, kSpan * kPassCost, kLeastRows);
+  const int64_t chunks = chunk_count(spans, kSpan * kPassCost, kLeastSpans);
   Moments parts[kMaxChunks];
   for_chunks(spans, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     add_span(x + begin * kSpan, smaller(end * kSpan, count) - begin * kSpan, parts[chunk]);
@@ -186,7 +189,7 @@ void backward(const NormalizeBackward& op) {
   if (norm.inner == 1 && norm.outer == 1) {
     const T mean = static_cast<const T*>(norm.mean)[0];
     const int64_t spans = ceil_div(norm.count, kSpan);
-    const int64_t chunks = chunk_count(spans, kSpan * 2 * kPassCost, kLeastRows);
+    const int64_t chunks = chunk_count(spans, kSpan * 2 * kPassCost, kLeastSpans);
     GradSums parts[kMaxChunks];
     for_chunks(spans, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
       const int64_t first = begin * kSpan;

@@ -74,26 +74,38 @@ inline void copy_out(const Compute<S>* from, int64_t from_stride, int64_t rows, 
   }
 }
 
+// Calls body(c, element) for the elements of a channel vector that is not null; neighbouring ones
+// in vectors.
+template <class Body>
+FUSED_MLP_INLINE void for_channels(ChannelVector vector, int64_t channels, const Body& body) {
+  dispatch(vector.dtype, [&](auto element) {
+    using S = decltype(element);
+    S* values = static_cast<S*>(vector.data);
+    if (vector.stride == 1) {
+      for (int64_t c = 0; c < channels; ++c) body(c, values[c]);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) body(c, values[c * vector.stride]);
+    }
+  });
+}
+
 // The elements of a channel vector in the compute type, padded with `none`; all `none` for null.
 template <class T>
 inline void copy_channels(ChannelVector vector, int64_t channels, int64_t room, T none, T* to) {
-  for (int64_t c = 0; c < room; ++c) to[c] = none;
-  if (vector.data == nullptr) return;
-  dispatch(vector.dtype, [&](auto element) {
-    using S = decltype(element);
-    const S* from = static_cast<const S*>(vector.data);
-    for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(widen(from[c * vector.stride]));
-  });
+  if (vector.data == nullptr) channels = 0;
+  for (int64_t c = channels; c < room; ++c) to[c] = none;
+  if (channels > 0) {
+    for_channels(vector, channels,
+                 [&](int64_t c, const auto& from) { to[c] = static_cast<T>(widen(from)); });
+  }
 }
 
 template <class T>
 inline void write_channels(const T* from, int64_t channels, ChannelVector vector) {
   if (vector.data == nullptr) return;
-  dispatch(vector.dtype, [&](auto element) {
-    using S = decltype(element);
-    S* to = static_cast<S*>(vector.data);
-    for (int64_t c = 0; c < channels; ++c)
-      to[c * vector.stride] = narrow<S>(static_cast<Compute<S>>(from[c]));
+  for_channels(vector, channels, [&](int64_t c, auto& to) {
+    using S = std::remove_reference_t<decltype(to)>;
+    to = narrow<S>(static_cast<Compute<S>>(from[c]));
   });
 }
 
