@@ -18,13 +18,13 @@ from torch.nn import Parameter
 
 from .. import activations, backends
 from ..dropout import draw_seed
-from ..ops._common import grad_needed, mark_written
-from ..ops.batch_norm_act import BatchNormActFunction
-from ..ops.batch_norm_leaky_relu import BatchNormLeakyReLUFunction
+from ..ops._common import bound, grad_needed, mark_written
+from ..ops.batch_norm_act import apply_checked as apply_batch_norm_act
+from ..ops.batch_norm_leaky_relu import apply_checked as apply_batch_norm_leaky_relu
 from ..ops.batch_norm_leaky_relu import check as check_batch_norm
-from ..ops.linear_act import LinearActFunction
+from ..ops.linear_act import apply_checked as apply_linear_act
 from ..ops.linear_batch_norm_act import check as check_linear_batch_norm
-from ..ops.linear_relu import LinearReLUFunction
+from ..ops.linear_relu import apply_checked as apply_linear_relu
 from ..ops.linear_relu import check as check_linear_relu
 from ..ops.over_group import batch_norm_leaky_relu as batch_norm_over_group
 from ..ops.research_net import check as check_research_net
@@ -33,12 +33,12 @@ from ..ops.research_net import run as run_research_net
 from .fit import Fit, Variant
 from .norm import NormState
 
-_research_net = torch.ops.fused_mlp_kernels.research_net.default
-_linear_relu = torch.ops.fused_mlp_kernels.linear_relu.default
-_linear_act = torch.ops.fused_mlp_kernels.linear_act.default
-_linear_batch_norm_act = torch.ops.fused_mlp_kernels.linear_batch_norm_act.default
-_batch_norm_leaky_relu = torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default
-_batch_norm_act = torch.ops.fused_mlp_kernels.batch_norm_act.default
+_research_net = bound(torch.ops.fused_mlp_kernels.research_net.default)
+_linear_relu = bound(torch.ops.fused_mlp_kernels.linear_relu.default)
+_linear_act = bound(torch.ops.fused_mlp_kernels.linear_act.default)
+_linear_batch_norm_act = bound(torch.ops.fused_mlp_kernels.linear_batch_norm_act.default)
+_batch_norm_leaky_relu = bound(torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default)
+_batch_norm_act = bound(torch.ops.fused_mlp_kernels.batch_norm_act.default)
 
 
 # One for calls without num_batches_tracked, as in evaluation, and one for calls with it.
@@ -82,10 +82,12 @@ def linear_act(
     seed = draw_seed(input.device) if p else None
     if activation == activations.RELU:
         if grad_needed(input, weight, bias):
-            return LinearReLUFunction.apply(input, weight, bias, p, seed)
+            output: Tensor = apply_linear_relu((p, seed), input, weight, bias)
+            return output
         return _linear_relu(input, weight, bias, p, seed)
     if grad_needed(input, weight, bias):
-        return LinearActFunction.apply(input, weight, bias, activation, negative_slope, p, seed)
+        output = apply_linear_act((activation, negative_slope, p, seed), input, weight, bias)
+        return output
     return _linear_act(input, weight, bias, activation, negative_slope, p, seed, False)[0]
 
 
@@ -132,10 +134,8 @@ def batch_norm_leaky_relu(
     if _admit(fits, input, state) is None:
         return None
     if grad_needed(input, weight, bias):
-        output = BatchNormLeakyReLUFunction.apply(
-            input, weight, bias, running_mean, running_var, tracked, training, momentum, eps,
-            negative_slope,
-        )  # fmt: skip
+        call = (running_mean, running_var, tracked, training, momentum, eps, negative_slope)
+        output: Tensor = apply_batch_norm_leaky_relu(call, input, weight, bias)
     else:
         output = _batch_norm_leaky_relu(
             input, running_mean, running_var, tracked, weight, bias, training, momentum, eps,
@@ -175,8 +175,8 @@ def batch_norm_act(
     seed = draw_seed(input.device) if p else None
     options = (training, momentum, eps, activation, negative_slope, p, seed)
     if grad_needed(input, weight, bias):
-        output = BatchNormActFunction.apply(
-            input, weight, bias, running_mean, running_var, tracked, *options
+        output = apply_batch_norm_act(
+            (running_mean, running_var, tracked, *options), input, weight, bias
         )
     else:
         output = _batch_norm_act(

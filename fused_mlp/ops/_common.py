@@ -129,9 +129,8 @@ def spread(gradients: Sequence[Tensor], output_mask: Sequence[bool]) -> list[Ten
 
 def mark_written(*tensors: Tensor | None) -> None:
     """Bump the version of buffers a kernel wrote, so that autograd notices stale saved values."""
-    for tensor in tensors:
-        if type(tensor) is Tensor and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    written = [t for t in tensors if type(t) is Tensor and not t.is_inference()]
+    torch.autograd.graph.increment_version(written)  # all at once, half a microsecond less
 
 
 def check_tensor(op: str, name: str, value: Any) -> None:
@@ -184,6 +183,8 @@ def check_like(
 
 def check_number(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless ``value`` is a real number (symbolic ones under torch.compile too)."""
+    if type(value) is int:  # an abstract class takes 0.3 us to say so
+        return
     if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}(): argument '{name}' must be float, not {type(value).__name__}")
 

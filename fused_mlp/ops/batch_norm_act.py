@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import activations, reference
 from ..dropout import draw_seed
 from ._common import (
+    bound,
     check_number,
     check_probability,
     check_seed,
@@ -33,55 +34,49 @@ from .batch_norm_leaky_relu import (
 )
 from .schemas import public_library
 
-_forward = torch.ops.fused_mlp_kernels.batch_norm_act.default
-_backward = torch.ops.fused_mlp_kernels.batch_norm_act_backward.default
+_forward = bound(torch.ops.fused_mlp_kernels.batch_norm_act.default)
+_backward = bound(torch.ops.fused_mlp_kernels.batch_norm_act_backward.default)
 
 
 class BatchNormActFunction(torch.autograd.Function):
-    """The autograd node of batch_norm_act."""
+    """The autograd node of batch_norm_act.
+
+    ``call`` holds what needs no gradient: running mean, running variance, batch counter; training,
+    momentum, eps; activation, negative_slope, dropout_p, seed.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        call: tuple[Any, ...],
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        activation: int,
-        negative_slope: float,
-        dropout_p: float,
-        seed: Tensor | None,
     ) -> Tensor:
+        buffers, (training, momentum, eps), options = call[:3], call[3:6], call[6:]
         output, mean, rstd = _forward(
-            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
-            eps, activation, negative_slope, dropout_p, seed,
-        )  # fmt: skip
-        ctx.save_for_backward(input, weight, bias, mean, rstd, seed)
-        ctx.training, ctx.eps = training, eps
-        ctx.options = activation, negative_slope, dropout_p
+            input, *buffers, weight, bias, training, momentum, eps, *options
+        )
+        ctx.save_for_backward(input, weight, bias, mean, rstd, options[-1])
+        ctx.options = training, eps, *options[:-1]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, rstd, seed = ctx.saved_tensors
-        activation, negative_slope, dropout_p = ctx.options
-        mask = list(ctx.needs_input_grad[:3])
+        training, eps, activation, negative_slope, dropout_p = ctx.options
+        mask = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             gradients = differentiate_formula(
                 # In eval the formula needs the statistics back as mean and variance.
                 lambda x, w, b: reference.batch_norm_act_formula(
                     x,
                     mean,
-                    rstd.pow(-2) - ctx.eps,
+                    rstd.pow(-2) - eps,
                     w,
                     b,
-                    ctx.training,
-                    ctx.eps,
+                    training,
+                    eps,
                     activation,
                     negative_slope,
                     dropout_p,
@@ -93,11 +88,15 @@ class BatchNormActFunction(torch.autograd.Function):
             )
         else:
             found = _backward(
-                grad_output, input, weight, bias, mean, rstd, ctx.training, activation,
-                negative_slope, dropout_p, seed, mask,
+                grad_output, input, weight, bias, mean, rstd, training, activation, negative_slope,
+                dropout_p, seed, mask,
             )  # fmt: skip
             gradients = spread(found, mask)
-        return *gradients, *(None,) * 10
+        return None, *gradients
+
+
+# See research_net.py.
+apply_checked = super(torch.autograd.Function, BatchNormActFunction).apply
 
 
 def batch_norm_act(
@@ -173,10 +172,10 @@ def run(
         )  # fmt: skip
         return reference.activate_and_drop(output, *options)
     if grad_needed(input, weight, bias):
-        output = BatchNormActFunction.apply(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
-            eps, *options,
+        call = (
+            running_mean, running_var, num_batches_tracked, training, momentum, eps, *options,
         )  # fmt: skip
+        output = BatchNormActFunction.apply(call, input, weight, bias)
     else:
         output = _forward(
             input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,

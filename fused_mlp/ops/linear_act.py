@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import activations, reference
 from ..dropout import draw_seed
 from ._common import (
+    bound,
     check_number,
     differentiate_formula,
     grad_needed,
@@ -25,24 +26,25 @@ from ._common import (
 from .linear_relu import check, fake_gradients, fake_output, linear_relu
 from .schemas import public_library
 
-_forward = torch.ops.fused_mlp_kernels.linear_act.default
-_backward = torch.ops.fused_mlp_kernels.linear_act_backward.default
+_forward = bound(torch.ops.fused_mlp_kernels.linear_act.default)
+_backward = bound(torch.ops.fused_mlp_kernels.linear_act_backward.default)
 
 
 class LinearActFunction(torch.autograd.Function):
-    """The autograd node of linear_act."""
+    """The autograd node of linear_act.
+
+    ``call`` holds activation, negative_slope, dropout_p and seed.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        call: tuple[int, float, float, Tensor | None],
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        activation: int,
-        negative_slope: float,
-        dropout_p: float,
-        seed: Tensor | None,
     ) -> Tensor:
+        activation, negative_slope, dropout_p, seed = call
         needed = activations.kept(activation, negative_slope)
         outputs = _forward(
             input, weight, bias, activation, negative_slope, dropout_p, seed,
@@ -58,7 +60,7 @@ class LinearActFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, kept, seed = ctx.saved_tensors
         activation, negative_slope, dropout_p = ctx.options
-        mask = list(ctx.needs_input_grad[:3])
+        mask = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             gradients = differentiate_formula(
                 lambda x, w, b: reference.linear_act_formula(
@@ -73,7 +75,11 @@ class LinearActFunction(torch.autograd.Function):
                 grad_output, input, weight, kept, activation, negative_slope, dropout_p, seed, mask
             )
             gradients = spread(found, mask)
-        return *gradients, *(None,) * 4
+        return None, *gradients
+
+
+# See research_net.py.
+apply_checked = super(torch.autograd.Function, LinearActFunction).apply
 
 
 def linear_act(
@@ -116,13 +122,13 @@ def run(
     seed: Tensor | None,
 ) -> Tensor:
     """Return the output for arguments that were checked; ``seed`` is None without dropout."""
-    arguments = (input, weight, bias, activation, negative_slope, dropout_p, seed)
+    call = (activation, negative_slope, dropout_p, seed)
     if use_formula(input, weight, bias):
-        return reference.linear_act_formula(*arguments)
+        return reference.linear_act_formula(input, weight, bias, *call)
     if grad_needed(input, weight, bias):
-        output: Tensor = LinearActFunction.apply(*arguments)
+        output: Tensor = LinearActFunction.apply(call, input, weight, bias)
         return output
-    output = _forward(*arguments, False)[0]
+    output = _forward(input, weight, bias, *call, False)[0]
     return output
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import reference
 from ..dropout import draw_seed
 from ._common import (
+    bound,
     check_floating,
     check_like,
     check_probability,
@@ -26,22 +27,22 @@ from ._common import (
 )
 from .schemas import public_library
 
-_forward = torch.ops.fused_mlp_kernels.linear_relu.default
-_backward = torch.ops.fused_mlp_kernels.linear_relu_backward.default
+_forward = bound(torch.ops.fused_mlp_kernels.linear_relu.default)
+_backward = bound(torch.ops.fused_mlp_kernels.linear_relu_backward.default)
 
 
 class LinearReLUFunction(torch.autograd.Function):
-    """The autograd node of linear_relu."""
+    """The autograd node of linear_relu; ``call`` holds the dropout's probability and seed."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        call: tuple[float, Tensor | None],
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
     ) -> Tensor:
+        dropout_p, seed = call
         output = _forward(input, weight, bias, dropout_p, seed)
         ctx.save_for_backward(input, weight, output)
         ctx.dropout_p = dropout_p if seed is not None else 0.0
@@ -50,10 +51,14 @@ class LinearReLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, output = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[:3])
+        mask = ctx.needs_input_grad[1:]
         backward = reference.linear_relu_backward if torch.is_grad_enabled() else _backward
         gradients = backward(grad_output, input, weight, output, ctx.dropout_p, mask)
-        return *spread(gradients, mask), None, None
+        return None, *spread(gradients, mask)
+
+
+# See research_net.py.
+apply_checked = super(torch.autograd.Function, LinearReLUFunction).apply
 
 
 def linear_relu(
@@ -77,7 +82,7 @@ def linear_relu(
     if use_formula(input, weight, bias):
         return reference.linear_relu_formula(input, weight, bias, dropout_p, seed)
     if grad_needed(input, weight, bias):
-        return LinearReLUFunction.apply(input, weight, bias, dropout_p, seed)
+        return LinearReLUFunction.apply((dropout_p, seed), input, weight, bias)
     return _forward(input, weight, bias, dropout_p, seed)
 
 

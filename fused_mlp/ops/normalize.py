@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ._common import (
+    bound,
     check_floating,
     check_number,
     check_tensor,
@@ -21,20 +22,21 @@ from ._common import (
 )
 from .schemas import public_library
 
-_forward = torch.ops.fused_mlp_kernels.normalize.default
-_backward = torch.ops.fused_mlp_kernels.normalize_backward.default
+_forward = bound(torch.ops.fused_mlp_kernels.normalize.default)
+_backward = bound(torch.ops.fused_mlp_kernels.normalize_backward.default)
 
 
 class NormalizeFunction(torch.autograd.Function):
-    """The autograd node of normalize: keeps the input and two statistics, never the output."""
+    """The autograd node of normalize: keeps the input and two statistics, never the output.
+
+    ``options`` are dim, correction and eps.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, dim: list[int] | None, correction: float, eps: float
-    ) -> Tensor:
-        output, mean, std = _forward(input, dim, correction, eps)
+    def forward(ctx: Any, options: tuple[list[int] | None, float, float], input: Tensor) -> Tensor:
+        output, mean, std = _forward(input, *options)
         ctx.save_for_backward(input, mean, std)
-        ctx.options = (dim, correction, eps)
+        ctx.options = options
         return output
 
     @staticmethod
@@ -49,7 +51,7 @@ class NormalizeFunction(torch.autograd.Function):
             )
         else:
             grad = _backward(grad_output, input, mean, std, *ctx.options)
-        return grad, None, None, None
+        return None, grad
 
 
 def normalize(
@@ -60,7 +62,7 @@ def normalize(
     if use_formula(input):
         return reference.normalize_formula(input, dim, correction, eps)
     if grad_needed(input):
-        return NormalizeFunction.apply(input, dim, correction, eps)
+        return NormalizeFunction.apply((dim, correction, eps), input)
     return _forward(input, dim, correction, eps)[0]
 
 
