@@ -71,4 +71,18 @@ inline void for_row_blocks(int64_t rows, int64_t work, const Body& body) {
   });
 }
 
+// The same for a second pass over rows of `bytes` bytes: what the first one read last is still in
+// the cache, so a thread's last rows come first. By 1 MiB, since shorter jumps back lose what the
+// processor reads ahead: normalize of 10^7 elements took 2.1 ms in place of 1.45 by 16 KiB.
+template <class Body>
+inline void for_rows_backwards(int64_t rows, int64_t bytes, int64_t work, const Body& body) {
+  const int64_t run = larger(1, (int64_t{1} << 20) / larger(1, bytes));
+  parallel_for(rows, larger(1, kThreadWork / larger(1, work)), [&](int64_t begin, int64_t end) {
+    for (int64_t last = end; last > begin; last -= run) {
+      const int64_t first = larger(begin, last - run);
+      body(first, last - first);
+    }
+  });
+}
+
 }  // namespace fused_mlp::FUSED_MLP_ISA

@@ -29,17 +29,13 @@ Moments span_moments(const S* x, int64_t count) {
   return parts[0];
 }
 
-// Calls body(begin, length) over spans of a group, the last ones first: what the pass before read
-// last is still in the cache.
-template <class Body>
+// Calls body(begin, length) over stretches of a group that was read once.
+template <class S, class Body>
 void for_spans_backwards(int64_t count, const Body& body) {
-  const int64_t spans = ceil_div(count, kSpan);
-  parallel_for(spans, larger(1, kThreadWork / (kSpan * kPassCost)),
-               [&](int64_t first, int64_t last) {
-                 for (int64_t span = last - 1; span >= first; --span) {
-                   body(span * kSpan, smaller(kSpan, count - span * kSpan));
-                 }
-               });
+  for_rows_backwards(ceil_div(count, kSpan), kSpan * static_cast<int64_t>(sizeof(S)),
+                     kSpan * kPassCost, [&](int64_t first, int64_t spans) {
+                       body(first * kSpan, smaller(spans * kSpan, count - first * kSpan));
+                     });
 }
 
 template <class S>
@@ -66,7 +62,7 @@ void forward(const Normalize& op) {
     const Moments moments = span_moments(x, op.count);
     const T rstd = finish(0, op.count ? moments.mean : NAN, moments.m2);
     const bool past = goes_past_cache<S>(y, 1, op.count);
-    for_spans_backwards(op.count, [&](int64_t begin, int64_t length) {
+    for_spans_backwards<S>(op.count, [&](int64_t begin, int64_t length) {
       const Fence fence = {past};
       forward_span(x + begin, length, mean[0], rstd, y + begin, past);
     });
@@ -202,7 +198,7 @@ void backward(const NormalizeBackward& op) {
     }
     const Slopes<T> k = slopes<T>(norm, parts[0], 0);
     const bool past = goes_past_cache<S>(dx, 1, norm.count);
-    for_spans_backwards(norm.count, [&](int64_t begin, int64_t length) {
+    for_spans_backwards<S>(norm.count, [&](int64_t begin, int64_t length) {
       const Fence fence = {past};
       backward_span(x + begin, grad + begin, length, k, dx + begin, past);
     });
