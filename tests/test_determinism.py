@@ -67,7 +67,8 @@ def test_network(
 
 
 LAYERS = [(sizes, d) for sizes in ((10, 64), (65, 33), (256, 256)) for d in DTYPES]
-LAYERS += [((300, 270), d) for d in (torch.float32, torch.float64)]
+WIDE_LAYERS = ((300, 270), (1100, 40))  # sums in one block of terms, and in two
+LAYERS += [(sizes, d) for sizes in WIDE_LAYERS for d in (torch.float32, torch.float64)]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

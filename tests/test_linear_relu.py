@@ -37,7 +37,17 @@ def test_odd_shapes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2000, 10, 64), (1000, 64, 64), (70, 700, 130), (513, 129, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2000, 10, 64),
+        (1000, 64, 64),
+        (70, 700, 130),
+        (513, 129, 1),
+        (540, 1100, 70),
+        (40, 1024, 330),
+    ],
+)
 @pytest.mark.usefixtures("all_threads")
 def test_larger(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     rows, in_features, out_features = shape

@@ -6,9 +6,9 @@ namespace fused_mlp::FUSED_MLP_ISA {
 
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
-              int64_t c_stride, Start start, const T* bias, bool rectify) {
+              int64_t c_stride, Start start, const T* bias, bool rectify, int64_t most) {
   // Tiles of nearly the same height: 64 rows are 11 tiles of 5 or 6, not 10 of 6 and one of 4.
-  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t tiles = ceil_div(rows, most);
   for (int64_t column = 0; column < columns; column += kPanel<T>) {
     const int vectors = columns - column > kLanes<T> ? 2 : 1;
     const T* panel = b.data + (column / kPanel<T>)*b.panel;
@@ -55,9 +55,9 @@ void pack(const S* matrix, int64_t stride, int64_t rows, int64_t columns, T* out
 }
 
 template void multiply<float>(int64_t, int64_t, int64_t, Left<float>, Right<float>, float*, int64_t,
-                              Start, const float*, bool);
+                              Start, const float*, bool, int64_t);
 template void multiply<double>(int64_t, int64_t, int64_t, Left<double>, Right<double>, double*,
-                               int64_t, Start, const double*, bool);
+                               int64_t, Start, const double*, bool, int64_t);
 
 #define FUSED_MLP_INSTANTIATE(S)                                                    \
   template void pack_transposed<Compute<S>, S>(const S*, int64_t, int64_t, int64_t, \

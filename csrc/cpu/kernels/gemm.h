@@ -113,7 +113,9 @@ inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, i
       keep_walking(a_k[i]);
     }
   }
+  // Sums stay in registers only where every loop over them is unrolled.
   if (rectify) {
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kVectors; ++j) sum[i][j] = relu<T>(sum[i][j]);
     }
@@ -141,11 +143,12 @@ FUSED_MLP_INLINE void tile_of(int rows, int vectors, int64_t depth, Left<T> a, c
 }
 
 // c[rows, columns] = start + a[rows, depth] @ b[depth, columns], then max(., 0) if `rectify`.
-// Writes whole vectors: c needs `padded` rows, and a bias a column whole panels. Defined in
-// gemm.cpp.
+// Writes whole vectors: c needs `padded` rows, and a bias a column whole panels. Tiles have up to
+// `most` rows. Defined in gemm.cpp.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
-              int64_t c_stride, Start start, const T* bias = nullptr, bool rectify = false);
+              int64_t c_stride, Start start, const T* bias = nullptr, bool rectify = false,
+              int64_t most = kTileRows);
 
 // Packs the transpose of weight[columns, rows] (leading dimension `stride`), its row j times
 // scale[j] if there is a scale: the right operand of input @ weight.T.

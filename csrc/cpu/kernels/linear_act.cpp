@@ -1,9 +1,10 @@
-// Linear, an activation and dropout: in one walk over the rows where the weight stays in a core's
-// cache, as blocked products beyond. Where csrc/cpu/linear_act.cpp takes torch's matrix product,
-// only the passes at the end of this file.
+// Linear, an activation and dropout in one walk over the rows, where the weight stays in a core's
+// cache. Beyond see linear_act_wide.cpp; where csrc/cpu/linear_act.cpp takes torch's matrix
+// product, only the passes at the end of this file.
+
+#include "cpu/kernels/linear_act.h"
 
 #include "cpu/kernels/activation.h"
-#include "cpu/kernels/blocked_gemm.h"
 #include "cpu/kernels/chunks.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/rows.h"
@@ -12,28 +13,6 @@
 
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
-
-// Elements for the coefficients of a batch norm, if there is one.
-template <class T>
-int64_t norm_room(const EvaluatedNorm& norm, int64_t channels) {
-  return norm.active() ? 3 * round_up(channels, kPanel<T>) : 0;
-}
-
-// The batch norm behind a product.
-template <class T>
-class Norm {
- public:
-  // `bias` is the product's where it can still be changed, else null.
-  Norm(const EvaluatedNorm& norm, int64_t channels, T* arrays, T* bias) : active_(norm.active()) {
-    if (active_)
-      affine_ = evaluated<T>(norm, channels, round_up(channels, kPanel<T>), arrays, bias);
-  }
-  const Affine<T>* get() const { return active_ ? &affine_ : nullptr; }
-
- private:
-  bool active_;
-  Affine<T> affine_{};
-};
 
 template <class S>
 void forward(const LinearAct& op) {
@@ -82,12 +61,6 @@ void forward(const LinearAct& op) {
   });
 }
 
-// The rows of `matrix` from one on; null stays null.
-template <class S>
-const S* rows_from(const void* matrix, int64_t row, int64_t columns) {
-  return matrix ? static_cast<const S*>(matrix) + row * columns : nullptr;
-}
-
 template <class S>
 void backward(const LinearActBackward& op) {
   using T = Compute<S>;
@@ -132,81 +105,6 @@ void backward(const LinearActBackward& op) {
   });
   grad.template merge<S>(partial, chunks, static_cast<S*>(op.grad_weight),
                          static_cast<S*>(op.grad_bias));
-}
-
-// ------------------------------------------------------------------------ beyond the cache
-
-template <class S>
-void wide_forward(const LinearAct& op) {
-  using T = Compute<S>;
-  const int64_t in = op.in_features, out = op.out_features, room = round_up(out, kPanel<T>);
-  Panels<S> weight(static_cast<const S*>(op.weight), op.weight_stride, in, out, true);
-  const int64_t packed_size = weight.packed_size(op.rows);
-  Arena shared(Scratch::kCall, Arena::bytes<T>(packed_size) + Arena::bytes<T>(room) +
-                                   Arena::bytes<T>(norm_room<T>(op.norm, out)));
-  if (packed_size > 0) weight.pack_all(shared.take<T>(packed_size));
-  T* bias = shared.take<T>(room);
-  copy_channels<T>({const_cast<void*>(op.bias), op.dtype}, out, room, 0, bias);
-  const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
-  blocked_gemm<S>(op.rows, weight, bias,
-                  load_rows(static_cast<const S*>(op.input), op.input_stride),
-                  [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
-                      int64_t stride) {
-                    const int64_t start = row * out + column;
-                    if (op.seen) {
-                      copy_out(block, stride, rows, columns, static_cast<S*>(op.seen) + start, out);
-                    }
-                    alignas(64) uint8_t mask[kBlockMask];
-                    finish_act<S>(norm.get(), op.act, row, rows, column, columns, block, stride,
-                                  static_cast<S*>(op.output) + start, out, mask);
-                  });
-}
-
-// The gradients from what loads the gradient of the product, a block at a time.
-template <class S, class LoadGrad>
-void wide_gradients(const LinearActBackward& op, const LoadGrad& load_grad) {
-  using T = Compute<S>;
-  const LinearAct& net = op.forward;
-  const int64_t in = net.in_features, out = net.out_features;
-  blocked_weight_grad<S>(net.rows, in, out, load_grad,
-                         load_rows(static_cast<const S*>(net.input), net.input_stride),
-                         static_cast<S*>(op.grad_weight), static_cast<S*>(op.grad_bias));
-  if (op.grad_input == nullptr) return;
-  Panels<S> weight(static_cast<const S*>(net.weight), net.weight_stride, out, in, false);
-  const int64_t packed_size = weight.packed_size(net.rows);
-  Arena shared(Scratch::kCall, Arena::bytes<T>(packed_size));
-  if (packed_size > 0) weight.pack_all(shared.take<T>(packed_size));
-  blocked_gemm<S>(net.rows, weight, nullptr, load_grad,
-                  [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
-                      int64_t stride) {
-                    copy_out(block, stride, rows, columns,
-                             static_cast<S*>(op.grad_input) + row * in + column, in);
-                  });
-}
-
-template <class S>
-void wide_backward(const LinearActBackward& op) {
-  using T = Compute<S>;
-  const LinearAct& net = op.forward;
-  const int64_t out = net.out_features;
-  if (!net.act.masks_gradient() && net.act.derives_cheaply()) {
-    return wide_gradients<S>(
-        op, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, T* to, int64_t stride) {
-          const S* kept = rows_from<S>(op.kept, row, out);
-          gate<S>(net.act, row, rows, columns, rows_from<S>(op.grad_output, row, out) + column,
-                  kept ? kept + column : nullptr, out, to, stride, nullptr);
-        });
-  }
-  // Every block is loaded several times: a mask or an exponential is worked out once beforehand.
-  const int64_t stride = padded<T>(out);
-  Temporary<T> grad(net.rows * stride);
-  for_row_blocks(net.rows, out * kPassCost, [&](int64_t first, int64_t rows) {
-    Arena own(Scratch::kTask, Arena::bytes<uint8_t>(mask_room(rows, out)));
-    gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out),
-            rows_from<S>(op.kept, first, out), out, grad.data() + first * stride, stride,
-            own.take<uint8_t>(mask_room(rows, out)));
-  });
-  wide_gradients<S>(op, load_rows(static_cast<const T*>(grad.data()), stride));
 }
 
 // ------------------------------------------------------------ passes beside a library's product
@@ -278,7 +176,7 @@ void act_dropout_backward(const ActDropoutPassBackward& op) {
 
 void linear_act(const LinearAct& op) {
   if (is_single_or_double(op.dtype) && larger(op.in_features, op.out_features) > kCacheWidth) {
-    dispatch_single_or_double(op.dtype, [&](auto e) { wide_forward<decltype(e)>(op); });
+    linear_act_wide(op);
   } else {
     dispatch(op.dtype, [&](auto e) { forward<decltype(e)>(op); });
   }
@@ -286,7 +184,7 @@ void linear_act(const LinearAct& op) {
 void linear_act_backward(const LinearActBackward& op) {
   const LinearAct& net = op.forward;
   if (is_single_or_double(net.dtype) && larger(net.in_features, net.out_features) > kCacheWidth) {
-    dispatch_single_or_double(net.dtype, [&](auto e) { wide_backward<decltype(e)>(op); });
+    linear_act_wide_backward(op);
   } else {
     dispatch(net.dtype, [&](auto e) { backward<decltype(e)>(op); });
   }

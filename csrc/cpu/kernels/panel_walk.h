@@ -12,7 +12,7 @@ namespace fused_mlp::FUSED_MLP_ISA {
 // are 3 % slower, sixteen as fast.
 constexpr int64_t kWidePanels = 8;
 // A wide network of up to this many rows a thread runs layer by layer.
-constexpr int64_t kLeastWalk = 64;
+constexpr int64_t kLeastWalk = 32;
 
 template <class S>
 class PanelWalk {
@@ -85,11 +85,11 @@ class PanelWalk {
     uint8_t* mask;
 
     static size_t bytes(int64_t widest) {
-      return Arena::bytes<T>(kPanelRoom<T>) +
+      return Arena::bytes<T>(kPanelRoom<S>) +
              Arena::bytes<uint8_t>(kPanel<T> * mask_bytes(widest) + 64);
     }
     Task(int64_t widest, Arena& arena) {
-      room = arena.take<T>(kPanelRoom<T>);
+      room = arena.take<T>(kPanelRoom<S>);
       mask = arena.take<uint8_t>(kPanel<T> * mask_bytes(widest) + 64);
     }
   };
@@ -125,7 +125,7 @@ class PanelWalk {
                  const T* before, T* after, const Task& task) const {
     const int64_t in = op.widths[l], width = op.widths[l + 1];
     const bool hidden = l < op.layers - 2, dropped = hidden && op.dropout[l].active();
-    multiply_panels<S>(weight(l) + first * in, biases[l] + first, in, features, rows, before,
+    multiply_panels<S>(weight(l) + first * in, in, biases[l] + first, in, features, rows, before,
                        after + first * kPanel<T>, width * kPanel<T>, hidden, task.room);
     if (l == op.layers - 1 || (hidden && !dropped && kept[l] == nullptr)) return;
     each_panel(begin, rows, width, after, [&](int64_t row, int64_t count, T* panel) {

@@ -1,0 +1,136 @@
+// Linear, an activation and dropout where the weight exceeds a core's cache: panels of rows that
+// walk along the weight, and backward as blocked products.
+
+#include "cpu/kernels/activation.h"
+#include "cpu/kernels/blocked_gemm.h"
+#include "cpu/kernels/linear_act.h"
+#include "cpu/kernels/panels.h"
+
+namespace fused_mlp::FUSED_MLP_ISA {
+namespace {
+
+// Rows that are multiplied together by a weight beyond the cache, which is read once for them all.
+constexpr int64_t kWideRows = 512;
+
+// As panels (panels.h): a weight that is used for a few hundred rows is not worth packing. Tasks
+// are groups of rows by parts of the features, so that threads share evenly what one group is.
+template <class T>
+void forward(const LinearAct& op) {
+  const int64_t in = op.in_features, out = op.out_features, room = round_up(out, kPanel<T>);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(room) + Arena::bytes<T>(norm_room<T>(op.norm, out)));
+  T* bias = shared.take<T>(room);
+  copy_channels<T>({const_cast<void*>(op.bias), op.dtype}, out, room, 0, bias);
+  const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
+  const bool rectify = !op.norm.active() && !op.seen && op.act.activation == Activation::kReLU;
+  const bool finished = !op.norm.active() && !op.act.dropout.active() &&
+                        (rectify || op.act.activation == Activation::kNone);
+  const T *input = static_cast<const T*>(op.input), *weight = static_cast<const T*>(op.weight);
+  T *output = static_cast<T*>(op.output), *seen = static_cast<T*>(op.seen);
+
+  // `features` features from `first` on of a panel's rows; `block` has room for them.
+  constexpr int64_t kStride = kInPlaceRows + 64 / static_cast<int64_t>(sizeof(T));
+  const auto finish = [&](const T* panel, int64_t row, int64_t rows, int64_t first,
+                          int64_t features, T* block) {
+    const int64_t start = row * out + first;
+    if (seen) write_transposed(panel, rows, features, seen + start, out);
+    if (finished) return write_transposed(panel, rows, features, output + start, out);
+    alignas(64) uint8_t mask[kPanel<T> * kInPlaceRows / 8 + 64];
+    write_transposed(panel, rows, features, block, kStride);
+    finish_act<T>(norm.get(), op.act, row, rows, first, features, block, kStride, output + start,
+                  out, mask);
+  };
+
+  const Parts groups(op.rows, kWideRows, kPanel<T>);
+  const double work = static_cast<double>(op.rows) * static_cast<double>(in * out);
+  const int64_t threads = work > 2.0 * kThreadWork ? thread_count() : 1;
+  int64_t shares = 1;
+  while (groups.count * shares % threads && groups.count * shares < 4 * threads) ++shares;
+  const Parts parts(out, ceil_div(out, shares), kPanel<T>);
+  const int64_t tasks = groups.count * parts.count;
+  parallel_for(tasks, threads > 1 ? 1 : tasks, [&](int64_t begin, int64_t end) {
+    Arena own(Scratch::kTask, Arena::bytes<T>(in * groups.size) +
+                                  Arena::bytes<T>(kInPlaceRows * groups.size) +
+                                  Arena::bytes<T>(kPanel<T> * kStride));
+    T* before = own.take<T>(in * groups.size);
+    T* after = own.take<T>(kInPlaceRows * groups.size);
+    T* block = own.take<T>(kPanel<T> * kStride);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / parts.count, part = task % parts.count;
+      const int64_t row = groups.begin(group), rows = groups.length(group);
+      for (int64_t r = 0; r < rows && (task == begin || part == 0); r += kPanel<T>) {
+        read_transposed(input + (row + r) * op.input_stride, op.input_stride,
+                        smaller(kPanel<T>, rows - r), in, before + r * in);
+      }
+      const int64_t last = parts.begin(part) + parts.length(part);
+      for (int64_t first = parts.begin(part); first < last; first += kInPlaceRows) {
+        const int64_t features = smaller(kInPlaceRows, last - first);
+        multiply_panels<T>(weight + first * op.weight_stride, op.weight_stride, bias + first, in,
+                           features, rows, before, after, kInPlaceRows * kPanel<T>, rectify,
+                           nullptr);
+        for (int64_t r = 0; r < rows; r += kPanel<T>) {
+          finish(after + r * kInPlaceRows, row + r, smaller(kPanel<T>, rows - r), first, features,
+                 block);
+        }
+      }
+    }
+  });
+}
+
+// The gradients from what loads the gradient of the product, a block at a time.
+template <class S, class LoadGrad>
+void gradients(const LinearActBackward& op, const LoadGrad& load_grad) {
+  using T = Compute<S>;
+  const LinearAct& net = op.forward;
+  const int64_t in = net.in_features, out = net.out_features;
+  blocked_weight_grad<S>(net.rows, in, out, load_grad,
+                         load_rows(static_cast<const S*>(net.input), net.input_stride),
+                         static_cast<S*>(op.grad_weight), static_cast<S*>(op.grad_bias));
+  if (op.grad_input == nullptr) return;
+  Panels<S> weight(static_cast<const S*>(net.weight), net.weight_stride, out, in, false);
+  const int64_t packed_size = weight.packed_size(net.rows);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(packed_size));
+  if (packed_size > 0) weight.pack_all(shared.take<T>(packed_size));
+  blocked_gemm<S>(net.rows, weight, nullptr, load_grad,
+                  [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
+                      int64_t stride) {
+                    copy_out(block, stride, rows, columns,
+                             static_cast<S*>(op.grad_input) + row * in + column, in);
+                  });
+}
+
+template <class S>
+void backward(const LinearActBackward& op) {
+  using T = Compute<S>;
+  const LinearAct& net = op.forward;
+  const int64_t out = net.out_features;
+  if (!net.act.masks_gradient() && net.act.derives_cheaply()) {
+    return gradients<S>(
+        op, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, T* to, int64_t stride) {
+          const S* kept = rows_from<S>(op.kept, row, out);
+          gate<S>(net.act, row, rows, columns, rows_from<S>(op.grad_output, row, out) + column,
+                  kept ? kept + column : nullptr, out, to, stride, nullptr);
+        });
+  }
+  // Every block is loaded several times: a mask or an exponential is worked out once beforehand.
+  const int64_t stride = padded<T>(out);
+  Temporary<T> grad(net.rows * stride);
+  for_row_blocks(net.rows, out * kPassCost, [&](int64_t first, int64_t rows) {
+    Arena own(Scratch::kTask, Arena::bytes<uint8_t>(mask_room(rows, out)));
+    gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out),
+            rows_from<S>(op.kept, first, out), out, grad.data() + first * stride, stride,
+            own.take<uint8_t>(mask_room(rows, out)));
+  });
+  gradients<S>(op, load_rows(static_cast<const T*>(grad.data()), stride));
+}
+
+}  // namespace
+
+void linear_act_wide(const LinearAct& op) {
+  dispatch_single_or_double(op.dtype, [&](auto element) { forward<decltype(element)>(op); });
+}
+void linear_act_wide_backward(const LinearActBackward& op) {
+  dispatch_single_or_double(op.forward.dtype,
+                            [&](auto element) { backward<decltype(element)>(op); });
+}
+
+}  // namespace fused_mlp::FUSED_MLP_ISA
