@@ -1,9 +1,8 @@
 // Matrix products beyond a core's cache, cut into blocks that fit it and multiplied as gemm.h does.
 //
-// Operands and results are reached through functions that load or finish one block, so what stands
-// before and after a product (conversion, batch norm, gate, ReLU, dropout, statistics) is done on
-// blocks that lie in the cache. An element's sum runs over its terms in order whatever the blocks,
-// so the bits do not depend on the number of threads.
+// Results are handed over block by block, so what stands behind a product (gate, ReLU, dropout,
+// sums) is done while a block lies in the cache. An element's sum runs over its terms in order
+// whatever the blocks, so the bits do not depend on the number of threads.
 #pragma once
 
 #include "cpu/kernels/chunks.h"
@@ -12,17 +11,25 @@
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
-// Rows of a block: whole register tiles. 112 x 256 floats of the left operand and of the result
-// are 240 kB, a quarter of an L2 cache, and a panel of the right operand fills two thirds of an L1.
+// Rows of a block: whole register tiles.
 constexpr int64_t kGemmRows = 112 / kTileRows * kTileRows;
-// Columns of a block, and terms of a sum that are worked on at a time.
+// Columns of a block.
 template <class T>
 constexpr int64_t kGemmWidth = 1024 / static_cast<int64_t>(sizeof(T));
 // Rows that a weight's gradient sums at a time.
-constexpr int64_t kGradRows = 128;
+constexpr int64_t kGradRows = 256;
 // A dimension of a block in memory: no power of two, so that rows fall into different cache sets.
 template <class T>
 constexpr int64_t kGemmStride = kGemmWidth<T> + 64 / static_cast<int64_t>(sizeof(T));
+
+// A left operand beyond the cache is read where it lies, in blocks of rows and terms that fit an L2
+// cache. Tiles are lower then: rows a power of two apart fall into the same set of an L1 cache,
+// whose 8 to 12 ways must hold a line of each. Copying blocks of 112 x 256 to places of their own
+// first took 10 to 25 % more, since nothing hides the wait for a short copy.
+constexpr int64_t kInPlaceTile = kTileRows < 8 ? kTileRows : 8;
+constexpr int64_t kInPlaceRows = 8 * kInPlaceTile;
+template <class T>
+constexpr int64_t kInPlaceDepth = 4 * kGemmWidth<T>;
 
 // `total` cut into equal parts of at most `most`, whole multiples of `unit` but for the last.
 struct Parts {
@@ -65,23 +72,13 @@ FUSED_MLP_INLINE void finish_rows(const Compute<S>* block, int64_t stride, int64
   }
 }
 
-// Bytes for the dropout mask of a block.
-constexpr int64_t kBlockMask = kGemmRows * kGemmWidth<float> / 8 + 64;
-
 // The right operand, `depth` x `columns`: panels packed beforehand, or each when it is needed where
-// there is one block of rows and nothing gained by keeping them. It is a weight[columns, depth] if
-// `transposed`, else a matrix[depth, columns].
-template <class S>
+// there is one block of rows and nothing gained by keeping them.
+template <class T>
 class Panels {
  public:
-  using T = Compute<S>;
-
-  Panels(const S* matrix, int64_t stride, int64_t depth, int64_t columns, bool transposed)
-      : matrix_(matrix),
-        stride_(stride),
-        depth_(depth),
-        columns_(columns),
-        transposed_(transposed) {}
+  Panels(const T* matrix, int64_t stride, int64_t depth, int64_t columns)
+      : matrix_(matrix), stride_(stride), depth_(depth), columns_(columns) {}
 
   int64_t depth() const { return depth_; }
   int64_t columns() const { return columns_; }
@@ -112,31 +109,23 @@ class Panels {
  private:
   void pack_one(int64_t panel, int64_t first, int64_t depth, T* to) const {
     const int64_t column = panel * kPanel<T>, width = smaller(kPanel<T>, columns_ - column);
-    if (transposed_) {
-      pack_transposed<T>(matrix_ + column * stride_ + first, stride_, depth, width,
-                         static_cast<const T*>(nullptr), to);
-    } else {
-      pack<T>(matrix_ + first * stride_ + column, stride_, depth, width, to);
-    }
+    pack<T>(matrix_ + first * stride_ + column, stride_, depth, width, to);
   }
 
-  const S* matrix_;
+  const T* matrix_;
   int64_t stride_, depth_, columns_;
-  bool transposed_;
   const T* packed_ = nullptr;
 };
 
-// c = a @ b + bias, a block at a time. load(row, rows, k, depth, to, stride) fills a block of a;
-// finish(row, rows, column, columns, block, stride) takes a block of c, whose rows do not depend on
-// the number of threads. `bias` is null or has whole panels.
-template <class S, class Load, class Finish>
-void blocked_gemm(int64_t rows, const Panels<S>& b, const Compute<S>* bias, const Load& load,
+// c = a @ b, a block at a time; rows of a are `leading` apart. finish(row, rows, column, columns,
+// block, stride) takes a block of c, whose rows do not depend on the number of threads.
+template <class T, class Finish>
+void blocked_gemm(int64_t rows, const T* a, int64_t leading, const Panels<T>& b,
                   const Finish& finish) {
-  using T = Compute<S>;
   const int64_t columns = b.columns(), stride = kGemmStride<T>;
   if (rows == 0 || columns == 0) return;
   const Parts row_parts = gemm_row_parts(rows);
-  const Parts depth_parts(b.depth(), kGemmWidth<T>, kLanes<T>);
+  const Parts depth_parts(b.depth(), kInPlaceDepth<T>, kLanes<T>);
   const int64_t work = row_parts.size * larger(1, b.depth());
   int64_t width = kGemmWidth<T>;
   const int64_t threads = rows * b.depth() * columns > kThreadWork ? thread_count() : 1;
@@ -145,11 +134,10 @@ void blocked_gemm(int64_t rows, const Panels<S>& b, const Compute<S>* bias, cons
   const Parts column_parts(columns, width, kPanel<T>);
   const int64_t grain = larger(1, kThreadWork / (work * column_parts.size));
   parallel_for(row_parts.count * column_parts.count, grain, [&](int64_t begin, int64_t end) {
-    Arena own(Scratch::kTask, 2 * Arena::bytes<T>(row_parts.size * stride) +
-                                  Arena::bytes<T>(kGemmWidth<T> * kPanel<T>));
-    T* left = own.take<T>(row_parts.size * stride);
+    Arena own(Scratch::kTask, Arena::bytes<T>(row_parts.size * stride) +
+                                  Arena::bytes<T>(kInPlaceDepth<T> * kPanel<T>));
     T* result = own.take<T>(row_parts.size * stride);
-    T* room = own.take<T>(kGemmWidth<T> * kPanel<T>);
+    T* room = own.take<T>(kInPlaceDepth<T> * kPanel<T>);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row_part = task / column_parts.count, column_part = task % column_parts.count;
       const int64_t row = row_parts.begin(row_part), height = row_parts.length(row_part);
@@ -158,13 +146,11 @@ void blocked_gemm(int64_t rows, const Panels<S>& b, const Compute<S>* bias, cons
       for (int64_t part = 0; part < larger(1, depth_parts.count); ++part) {
         const int64_t k = depth_parts.begin(part);
         const int64_t depth = b.depth() > 0 ? depth_parts.length(part) : 0;
-        const Start start = part > 0 ? Start::kAccumulate : bias ? Start::kBias : Start::kZero;
-        load(row, height, k, depth, left, stride);
         for (int64_t c = 0; c < wide; c += kPanel<T>) {
           const T* panel = b.get((first + c) / kPanel<T>, k, depth, room);
-          multiply<T>(height, smaller(kPanel<T>, wide - c), depth, {left, stride, 1},
-                      packed(panel, depth), result + c, stride, start,
-                      bias ? bias + first + c : nullptr);
+          multiply<T>(height, smaller(kPanel<T>, wide - c), depth,
+                      {a + row * leading + k, leading, 1}, packed(panel, depth), result + c, stride,
+                      part > 0 ? Start::kAccumulate : Start::kZero, nullptr, false, kInPlaceTile);
         }
       }
       finish(row, height, first, wide, result, stride);
@@ -172,17 +158,26 @@ void blocked_gemm(int64_t rows, const Panels<S>& b, const Compute<S>* bias, cons
   });
 }
 
-// The gradient of a weight[out, in] and of its bias over all rows. load_grad and load_input(row,
-// rows, column, columns, to, stride) fill blocks; either target may be null.
-template <class S, class LoadGrad, class LoadInput>
-void blocked_weight_grad(int64_t rows, int64_t in, int64_t out, const LoadGrad& load_grad,
-                         const LoadInput& load_input, S* grad_weight, S* grad_bias) {
-  using T = Compute<S>;
+// The gradient of a weight[out, in] and of its bias over all rows, from the gradient of the
+// product, whose rows are `leading` apart. load_input(row, rows, column, columns, to, stride) fills
+// blocks of the input; either target may be null.
+template <class T, class LoadInput>
+void blocked_weight_grad(int64_t rows, int64_t in, int64_t out, const T* grad, int64_t leading,
+                         const LoadInput& load_input, T* grad_weight, T* grad_bias) {
   if ((grad_weight == nullptr && grad_bias == nullptr) || out == 0) return;
   const int64_t stride = kGemmStride<T>;
   const int64_t width = grad_weight ? in : 0;
   const int64_t threads = rows * larger(1, width) * out > kThreadWork ? thread_count() : 1;
-  int64_t out_most = kGemmWidth<T>, in_most = kGemmWidth<T>;
+  // The gradient is read in place where its rows lie in whole vectors, and not in few cache sets.
+  const bool in_place = leading % kLanes<T> == 0 && leading % kGemmWidth<T> != 0;
+  // One pass over the rows needs no sums that stay in the cache; but rows of a page would share a
+  // set of it.
+  const bool direct = grad_weight && rows > 0 && rows <= kGradRows && in % kLanes<T> == 0 &&
+                      in % kInPlaceDepth<T> != 0;
+  // Larger blocks copy less of the input.
+  const int64_t large = 2 * kGemmWidth<T>;
+  int64_t out_most = in_place && ceil_div(out, large) % threads == 0 ? large : kGemmWidth<T>;
+  int64_t in_most = kGemmWidth<T>;
   const auto tasks_of = [&] {
     return ceil_div(out, out_most) * larger(1, ceil_div(width, in_most));
   };
@@ -201,46 +196,52 @@ void blocked_weight_grad(int64_t rows, int64_t in, int64_t out, const LoadGrad& 
   const Parts out_parts(out, out_most, 2), in_parts(width, in_most, kLanes<T>);
   const int64_t in_count = larger(1, in_parts.count);
   const int64_t work = larger(1, rows * out_parts.size * larger(1, width / in_count));
-  parallel_for(
-      out_parts.count * in_count, larger(1, kThreadWork / work), [&](int64_t begin, int64_t end) {
-        Arena own(Scratch::kTask, Arena::bytes<T>(out_parts.size * stride) +
-                                      2 * Arena::bytes<T>(kGradRows * stride) +
-                                      Arena::bytes<T>(stride) + Arena::bytes<double>(stride));
-        T* sums = own.take<T>(out_parts.size * stride);
-        T* grad = own.take<T>(kGradRows * stride);
-        T* input = own.take<T>(kGradRows * stride);
-        T* block_bias = own.take<T>(stride);
-        double* bias = own.take<double>(stride);
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t o = out_parts.begin(task / in_count),
-                        outs = out_parts.length(task / in_count);
-          const int64_t i = in_parts.begin(task % in_count);
-          const int64_t ins = width > 0 ? in_parts.length(task % in_count) : 0;
-          const bool sum_bias = grad_bias && task % in_count == 0;
-          for (int64_t c = 0; c < stride; ++c) bias[c] = 0;
-          for (int64_t row = 0; row < rows; row += kGradRows) {
-            const int64_t height = smaller(kGradRows, rows - row);
-            load_grad(row, height, o, outs, grad, stride);
-            if (sum_bias) {
-              for (int64_t c = 0; c < stride; ++c) block_bias[c] = 0;
-              add_column_sums(grad, stride, height, outs, block_bias);
-              for (int64_t c = 0; c < outs; ++c) bias[c] += static_cast<double>(block_bias[c]);
-            }
-            if (ins == 0) continue;
-            load_input(row, height, i, ins, input, stride);
-            multiply<T>(outs, ins, height, {grad, 1, stride}, plain(input, stride), sums, stride,
-                        row == 0 ? Start::kZero : Start::kAccumulate);
-          }
-          if (sum_bias) {
-            for (int64_t c = 0; c < outs; ++c) {
-              grad_bias[o + c] = narrow<S>(static_cast<T>(bias[c]));
-            }
-          }
-          if (ins == 0) continue;
-          if (rows == 0) std::memset(sums, 0, static_cast<size_t>(outs * stride) * sizeof(T));
-          copy_out(sums, stride, outs, ins, grad_weight + o * in + i, in);
+  const int64_t tasks = out_parts.count * in_count;
+  parallel_for(tasks, larger(1, kThreadWork / work), [&](int64_t begin, int64_t end) {
+    Arena own(Scratch::kTask, Arena::bytes<T>(direct ? 0 : out_parts.size * stride) +
+                                  2 * Arena::bytes<T>(kGradRows * stride) +
+                                  Arena::bytes<T>(out_parts.size + kLanes<T>) +
+                                  Arena::bytes<double>(out_parts.size));
+    T* room = own.take<T>(direct ? 0 : out_parts.size * stride);
+    T* copied = own.take<T>(kGradRows * stride);
+    T* input = own.take<T>(kGradRows * stride);
+    T* block_bias = own.take<T>(out_parts.size + kLanes<T>);
+    double* bias = own.take<double>(out_parts.size);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t o = out_parts.begin(task / in_count), outs = out_parts.length(task / in_count);
+      const int64_t i = in_parts.begin(task % in_count);
+      const int64_t ins = width > 0 ? in_parts.length(task % in_count) : 0;
+      const bool sum_bias = grad_bias && task % in_count == 0;
+      T* sums = direct ? grad_weight + o * in + i : room;
+      const int64_t sums_stride = direct ? in : stride;
+      for (int64_t c = 0; c < outs; ++c) bias[c] = 0;
+      for (int64_t row = 0; row < rows; row += kGradRows) {
+        const int64_t height = smaller(kGradRows, rows - row);
+        const T* block = grad + row * leading + o;
+        int64_t block_stride = leading;
+        if (!in_place) {
+          copy_in(block, leading, height, outs, copied, stride);
+          block = copied;
+          block_stride = stride;
         }
-      });
+        if (sum_bias) {
+          for (int64_t c = 0; c < outs + kLanes<T>; ++c) block_bias[c] = 0;
+          add_column_sums(block, block_stride, height, outs, block_bias);
+          for (int64_t c = 0; c < outs; ++c) bias[c] += static_cast<double>(block_bias[c]);
+        }
+        if (ins == 0) continue;
+        load_input(row, height, i, ins, input, stride);
+        multiply<T>(outs, ins, height, {block, 1, block_stride}, plain(input, stride), sums,
+                    sums_stride, row == 0 ? Start::kZero : Start::kAccumulate);
+      }
+      if (sum_bias) {
+        for (int64_t c = 0; c < outs; ++c) grad_bias[o + c] = static_cast<T>(bias[c]);
+      }
+      if (ins == 0 || direct) continue;
+      if (rows == 0) std::memset(sums, 0, static_cast<size_t>(outs * stride) * sizeof(T));
+      copy_out(sums, stride, outs, ins, grad_weight + o * in + i, in);
+    }
+  });
 }
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

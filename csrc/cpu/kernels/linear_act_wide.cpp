@@ -76,51 +76,38 @@ void forward(const LinearAct& op) {
   });
 }
 
-// The gradients from what loads the gradient of the product, a block at a time.
-template <class S, class LoadGrad>
-void gradients(const LinearActBackward& op, const LoadGrad& load_grad) {
-  using T = Compute<S>;
+template <class T>
+void backward(const LinearActBackward& op) {
   const LinearAct& net = op.forward;
   const int64_t in = net.in_features, out = net.out_features;
-  blocked_weight_grad<S>(net.rows, in, out, load_grad,
-                         load_rows(static_cast<const S*>(net.input), net.input_stride),
-                         static_cast<S*>(op.grad_weight), static_cast<S*>(op.grad_bias));
+  const T* grad = static_cast<const T*>(op.grad_output);
+  int64_t stride = out;
+  Temporary<T> gated;
+  // Once beforehand, since blocks of it are read several times.
+  if (net.act.activation != Activation::kNone || net.act.dropout.active()) {
+    stride = padded<T>(out);
+    Temporary<T>(net.rows * stride).swap(gated);
+    for_row_blocks(net.rows, out * kPassCost, [&](int64_t first, int64_t rows) {
+      Arena own(Scratch::kTask, Arena::bytes<uint8_t>(mask_room(rows, out)));
+      gate<T>(net.act, first, rows, out, grad + first * out, rows_from<T>(op.kept, first, out), out,
+              gated.data() + first * stride, stride, own.take<uint8_t>(mask_room(rows, out)));
+    });
+    grad = gated.data();
+  }
+  blocked_weight_grad<T>(net.rows, in, out, grad, stride,
+                         load_rows(static_cast<const T*>(net.input), net.input_stride),
+                         static_cast<T*>(op.grad_weight), static_cast<T*>(op.grad_bias));
   if (op.grad_input == nullptr) return;
-  Panels<S> weight(static_cast<const S*>(net.weight), net.weight_stride, out, in, false);
+  Panels<T> weight(static_cast<const T*>(net.weight), net.weight_stride, out, in);
   const int64_t packed_size = weight.packed_size(net.rows);
   Arena shared(Scratch::kCall, Arena::bytes<T>(packed_size));
   if (packed_size > 0) weight.pack_all(shared.take<T>(packed_size));
-  blocked_gemm<S>(net.rows, weight, nullptr, load_grad,
+  blocked_gemm<T>(net.rows, grad, stride, weight,
                   [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
-                      int64_t stride) {
-                    copy_out(block, stride, rows, columns,
-                             static_cast<S*>(op.grad_input) + row * in + column, in);
+                      int64_t block_stride) {
+                    copy_out(block, block_stride, rows, columns,
+                             static_cast<T*>(op.grad_input) + row * in + column, in);
                   });
-}
-
-template <class S>
-void backward(const LinearActBackward& op) {
-  using T = Compute<S>;
-  const LinearAct& net = op.forward;
-  const int64_t out = net.out_features;
-  if (!net.act.masks_gradient() && net.act.derives_cheaply()) {
-    return gradients<S>(
-        op, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, T* to, int64_t stride) {
-          const S* kept = rows_from<S>(op.kept, row, out);
-          gate<S>(net.act, row, rows, columns, rows_from<S>(op.grad_output, row, out) + column,
-                  kept ? kept + column : nullptr, out, to, stride, nullptr);
-        });
-  }
-  // Every block is loaded several times: a mask or an exponential is worked out once beforehand.
-  const int64_t stride = padded<T>(out);
-  Temporary<T> grad(net.rows * stride);
-  for_row_blocks(net.rows, out * kPassCost, [&](int64_t first, int64_t rows) {
-    Arena own(Scratch::kTask, Arena::bytes<uint8_t>(mask_room(rows, out)));
-    gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out),
-            rows_from<S>(op.kept, first, out), out, grad.data() + first * stride, stride,
-            own.take<uint8_t>(mask_room(rows, out)));
-  });
-  gradients<S>(op, load_rows(static_cast<const T*>(grad.data()), stride));
 }
 
 }  // namespace

@@ -82,15 +82,6 @@ FUSED_MLP_INLINE void normalize_transposed(const Affine<T>& affine, int64_t firs
   }
 }
 
-// A weight beyond the cache is read where it lies, too, in blocks of features and terms of which a
-// panel's share fits an L2 cache. Tiles are lower then: rows a power of two apart fall into the
-// same set of an L1 cache, whose 8 to 12 ways must hold a line of each. Copying blocks of 112 x 256
-// to places of their own first took 10 to 25 % more, since nothing hides the wait for a short copy.
-constexpr int64_t kInPlaceTile = kTileRows < 8 ? kTileRows : 8;
-constexpr int64_t kInPlaceRows = 8 * kInPlaceTile;
-template <class T>
-constexpr int64_t kInPlaceDepth = 4 * kGemmWidth<T>;
-
 // Elements of the room that multiply_panels converts blocks of a weight in.
 template <class S>
 constexpr int64_t kPanelRoom =

@@ -29,9 +29,8 @@ void restore(Wide<T>& wide, Temporary<T>* buffers) {
 
 // du, the gradient of what LeakyReLU saw, and of every block of rows the sums of du and of
 // du * (z - mean).
-template <class S>
-void grad_of_norm(Wide<S>& wide, const S* grad_output, Compute<S>* du, double* sums) {
-  using T = Compute<S>;
+template <class T>
+void grad_of_norm(Wide<T>& wide, const T* grad_output, T* du, double* sums) {
   const int64_t out = wide.shape.out, channels = wide.shape.channels;
   const int64_t size = gemm_row_parts(wide.op.rows).size;
   const Vec<T> slope = splat(static_cast<T>(wide.op.negative_slope));
@@ -39,7 +38,7 @@ void grad_of_norm(Wide<S>& wide, const S* grad_output, Compute<S>* du, double* s
                           const T* block, int64_t stride) {
     double* sum = sums + row / size * 2 * channels + column;
     const T* z = wide.z + row * channels + column;
-    T* to = du + row * channels + column;
+    T* to = du + row * padded<T>(channels) + column;
     for_vectors<T>(columns, [&](int64_t c, int width) {
       const Vec<T> mean = load_raw(wide.affine.mean + column + c);
       const Vec<T> scale = load_raw(wide.affine.scale + column + c);
@@ -51,7 +50,7 @@ void grad_of_norm(Wide<S>& wide, const S* grad_output, Compute<S>* du, double* s
         const Vec<T> gated = select<T>(u > Vec<T>{}, g, g * slope);
         first += gated;
         second += gated * centred;
-        store_up_to(to + r * channels + c, gated, width);
+        store_up_to(to + r * padded<T>(channels) + c, gated, width);
       }
       for (int lane = 0; lane < width; ++lane) {
         sum[c + lane] = static_cast<double>(first[lane]);
@@ -59,32 +58,30 @@ void grad_of_norm(Wide<S>& wide, const S* grad_output, Compute<S>* du, double* s
       }
     });
   };
-  blocked_gemm<S>(wide.op.rows, wide.weight(wide.op.layers - 1), nullptr,
-                  load_rows(grad_output, out), finish);
+  blocked_gemm<T>(wide.op.rows, grad_output, out, wide.weight(wide.op.layers - 1), finish);
 }
 
 // du becomes dz in place.
-template <class S>
-void grad_below_norm(const Wide<S>& wide, const Compute<S>* k2, const Compute<S>* k3,
-                     Compute<S>* grad) {
-  using T = Compute<S>;
+template <class T>
+void grad_below_norm(const Wide<T>& wide, const T* k2, const T* k3, T* grad) {
   const int64_t channels = wide.shape.channels;
   for_row_blocks(wide.op.rows, channels * kPassCost, [&](int64_t first, int64_t rows) {
-    for (int64_t i = first * channels; i < (first + rows) * channels; i += channels) {
+    for (int64_t row = first; row < first + rows; ++row) {
+      const T* z = wide.z + row * channels;
+      T* to = grad + row * padded<T>(channels);
       for_vectors<T>(channels, [&](int64_t c, int width) {
-        const Vec<T> centred = load_up_to(wide.z + i + c, width) - load_raw(wide.affine.mean + c);
-        const Vec<T> scaled = load_up_to(grad + i + c, width) * load_raw(wide.affine.scale + c);
-        store_up_to(grad + i + c, scaled - load_raw(k2 + c) - centred * load_raw(k3 + c), width);
+        const Vec<T> centred = load_up_to(z + c, width) - load_raw(wide.affine.mean + c);
+        const Vec<T> scaled = load_raw(to + c) * load_raw(wide.affine.scale + c);
+        store_raw(to + c, scaled - load_raw(k2 + c) - centred * load_raw(k3 + c));
       });
     }
   });
 }
 
-template <class S>
+template <class T>
 void backward(const ResearchNetBackward& op) {
-  using T = Compute<S>;
   const ResearchNet& net = op.forward;
-  Wide<S> wide(net);
+  Wide<T> wide(net);
   const int64_t channels = wide.shape.channels, last = net.layers - 1;
   const int64_t parts = larger(1, gemm_row_parts(net.rows).count);
   const int64_t padded_channels = round_up(channels, kPanel<T>);
@@ -102,12 +99,14 @@ void backward(const ResearchNetBackward& op) {
 
   int64_t widest = channels;
   for (int l = 1; l < last; ++l) widest = larger(widest, net.widths[l]);
-  Temporary<T> grad(net.rows * widest), next(wide.shape.hidden > 0 ? net.rows * widest : 0);
-  const S* grad_output = static_cast<const S*>(op.grad_output);
+  // Padded rows: products read them where they lie.
+  Temporary<T> grad(net.rows * padded<T>(widest));
+  Temporary<T> next(wide.shape.hidden > 0 ? net.rows * padded<T>(widest) : 0);
+  const T* grad_output = static_cast<const T*>(op.grad_output);
   grad_of_norm(wide, grad_output, grad.data(), sums);
-  blocked_weight_grad<S>(net.rows, channels, wide.shape.out, load_rows(grad_output, wide.shape.out),
-                         wide.load_activated(), static_cast<S*>(op.grad_weights[last]),
-                         static_cast<S*>(op.grad_biases[last]));
+  blocked_weight_grad<T>(net.rows, channels, wide.shape.out, grad_output, wide.shape.out,
+                         wide.load_activated(), static_cast<T*>(op.grad_weights[last]),
+                         static_cast<T*>(op.grad_biases[last]));
   for (int64_t part = 1; part < parts; ++part) {
     for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += sums[part * 2 * channels + c];
   }
@@ -123,30 +122,31 @@ void backward(const ResearchNetBackward& op) {
 
   for (int l = static_cast<int>(last) - 1; l >= 0; --l) {
     const int64_t width = net.widths[l + 1], below = net.widths[l];
-    const auto load_grad = load_rows(static_cast<const T*>(grad.data()), width);
+    const T* grad_rows = grad.data();
     wide.with_input(l, [&](const auto& load) {
-      blocked_weight_grad<S>(net.rows, below, width, load_grad, load,
-                             static_cast<S*>(op.grad_weights[l]),
-                             static_cast<S*>(op.grad_biases[l]));
+      blocked_weight_grad<T>(net.rows, below, width, grad_rows, padded<T>(width), load,
+                             static_cast<T*>(op.grad_weights[l]),
+                             static_cast<T*>(op.grad_biases[l]));
     });
     if (l == 0) {
       if (op.grad_input == nullptr) return;
-      blocked_gemm<S>(net.rows, wide.weight(l), nullptr, load_grad,
+      blocked_gemm<T>(net.rows, grad_rows, padded<T>(width), wide.weight(l),
                       [&](int64_t row, int64_t rows, int64_t column, int64_t columns,
                           const T* block, int64_t stride) {
                         copy_out(block, stride, rows, columns,
-                                 static_cast<S*>(op.grad_input) + row * below + column, below);
+                                 static_cast<T*>(op.grad_input) + row * below + column, below);
                       });
       return;
     }
     const Dropout& dropout = net.dropout[l - 1];
     const Vec<T> scale = splat(static_cast<T>(dropout.active() ? dropout.scale() : 1.0));
-    blocked_gemm<S>(net.rows, wide.weight(l), nullptr, load_grad,
+    blocked_gemm<T>(net.rows, grad_rows, padded<T>(width), wide.weight(l),
                     [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
                         int64_t stride) {
-                      const int64_t start = row * below + column;
-                      const T* hidden = wide.hidden[l - 1] + start;
-                      finish_rows<T>(block, stride, rows, columns, next.data() + start, below,
+                      const int64_t leading = padded<T>(below);
+                      const T* hidden = wide.hidden[l - 1] + row * below + column;
+                      T* to = next.data() + row * leading + column;
+                      finish_rows<T>(block, stride, rows, columns, to, leading,
                                      [&](Vec<T> g, int64_t r, int64_t c, int lanes) {
                                        const Vec<T> y = load_up_to(hidden + r * below + c, lanes);
                                        return select<T>(y <= Vec<T>{}, Vec<T>{}, g * scale);

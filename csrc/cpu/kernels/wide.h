@@ -8,9 +8,8 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 
 // One call: sizes, room for one layer's packed weight, and where activations lie.
-template <class S>
+template <class T>
 struct Wide {
-  using T = Compute<S>;
   const ResearchNet& op;
   Shape<T> shape;
   T* room;                // of a packed weight
@@ -47,9 +46,9 @@ struct Wide {
   }
 
   // The weight of layer l as the right operand of grad @ weight.
-  Panels<S> weight(int l) {
+  Panels<T> weight(int l) {
     const int64_t in = op.widths[l], out = op.widths[l + 1];
-    Panels<S> panels(static_cast<const S*>(op.weights[l]), in, out, in, false);
+    Panels<T> panels(static_cast<const T*>(op.weights[l]), in, out, in);
     if (panels.packed_size(op.rows) > 0) panels.pack_all(room);
     return panels;
   }
@@ -58,7 +57,7 @@ struct Wide {
   template <class Product>
   void with_input(int l, const Product& product) const {
     if (l == 0) {
-      product(load_rows(static_cast<const S*>(op.input), op.input_stride));
+      product(load_rows(static_cast<const T*>(op.input), op.input_stride));
     } else {
       product(load_rows(static_cast<const T*>(hidden[l - 1]), op.widths[l]));
     }
