@@ -23,8 +23,13 @@ void forward(const LinearAct& op) {
                                    Arena::bytes<T>(norm_room<T>(op.norm, out)));
   T* weight = shared.take<T>(packed_numel<T>(in, out));
   T* bias = shared.take<T>(room);
-  pack_transposed<T>(static_cast<const S*>(op.weight), op.weight_stride, in, out,
-                     static_cast<const T*>(nullptr), weight);
+  const int64_t grain = larger(1, kThreadWork / larger(1, in * kPanel<T> * kPassCost));
+  parallel_for(ceil_div(out, kPanel<T>), grain, [&](int64_t begin, int64_t end) {
+    const int64_t column = begin * kPanel<T>;
+    pack_transposed<T>(static_cast<const S*>(op.weight) + column * op.weight_stride,
+                       op.weight_stride, in, smaller(out, end * kPanel<T>) - column,
+                       static_cast<const T*>(nullptr), weight + column * in);
+  });
   const DType dtype = op.dtype;
   copy_channels<T>({const_cast<void*>(op.bias), dtype}, out, room, 0, bias);
   const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
