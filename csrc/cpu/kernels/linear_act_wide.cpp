@@ -10,7 +10,7 @@ namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
 // Rows that are multiplied together by a weight beyond the cache, which is read once for them all.
-constexpr int64_t kWideRows = 512;
+constexpr int64_t kWideRows = 256;
 
 // As panels (panels.h): a weight that is used for a few hundred rows is not worth packing. Tasks
 // are groups of rows by parts of the features, so that threads share evenly what one group is.
