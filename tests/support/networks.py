@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_mlp import FusedSequential
+from fused_mlp import FusedResearchNet, FusedSequential
+from fused_mlp.eager import IntelligentResearchNetwork
 
 
 def network_layers(
@@ -83,3 +84,17 @@ def assert_same_step(eager: nn.Module, fused: nn.Module, input: Tensor, **tolera
     buffers = dict(fused.named_buffers())
     for name, buffer in eager.named_buffers():
         torch.testing.assert_close(buffers[name], buffer, **tolerance)
+
+
+def networks(
+    device: torch.device,
+    hidden: Sequence[int] = (64, 32),
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[IntelligentResearchNetwork, FusedResearchNet]:
+    """Return the reference network twice with the same weights: eager and fused."""
+    options = {"dropout": dropout, "device": device, "dtype": dtype}
+    torch.manual_seed(0)
+    eager = IntelligentResearchNetwork(10, list(hidden), 5, **options)
+    torch.manual_seed(0)
+    return eager, FusedResearchNet(10, list(hidden), 5, **options)
