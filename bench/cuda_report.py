@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fused_mlp import _build
+from fused_mlp import _build, activations
 
 from .cuda_launches import Device, Shape, recorded
 from .gpu_table import CHIPS, Chip, Line
@@ -61,7 +61,7 @@ def compile_file(name: str, arch: int, cache: Path) -> list[Compiled]:
     csrc = _build.source_root()
     folder = csrc / "cuda"
     digest = hashlib.sha256(repr((name, arch, _FLAGS, find_disassembler(nvcc.path))).encode())
-    headers = [*folder.glob("*.h"), *folder.glob("*.cuh"), csrc / "common" / "philox.h"]
+    headers = [*folder.glob("*.h"), *folder.glob("*.cuh"), *(csrc / "common").glob("*.h")]
     for path in [*sorted(headers), folder / name]:
         digest.update(path.read_bytes())
     log = cache / f"{name}-{arch}-{digest.hexdigest()[:16]}.txt"
@@ -159,11 +159,30 @@ def _launch_all(library: ctypes.CDLL, dtype: torch.dtype) -> Iterator[str]:
         x, x, None, None, mean, rstd, True, 0.01, [True, False, False]
     )
     yield "batch_norm 65536x64"
+    behind = (activations.RELU, 0.0, 0.3, seed)
+    _, mean, rstd = kernels.batch_norm_act(
+        x, None, None, None, None, None, True, 0.1, 1e-5, *behind
+    )
+    kernels.batch_norm_act_backward(
+        x, x, None, None, mean, rstd, True, *behind, [True, False, False]
+    )
+    rows_first = x.view(64, rows // 64, 64)  # a channel's elements lie in segments
+    _, mean, rstd = kernels.batch_norm_act(
+        rows_first, None, None, None, None, None, True, 0.1, 1e-5, *behind
+    )
+    kernels.batch_norm_act_backward(
+        rows_first, rows_first, None, None, mean, rstd, True, *behind, [True, False, False]
+    )
+    yield "batch_norm_act 65536x64"
     weight = torch.empty(64, 64, dtype=dtype)
     for n in (1024, rows):
         y = kernels.linear_relu(x[:n], weight, None, 0.3, seed)
         kernels.linear_relu_backward(y, x[:n], weight, y, 0.3, [True] * 3)
         yield f"linear_relu {n}x64x64"
+        gelu = (activations.GELU, 0.0, 0.3, seed)
+        y, seen = kernels.linear_act(x[:n], weight, None, *gelu, True)
+        kernels.linear_act_backward(y, x[:n], weight, seen, *gelu, [True] * 3)
+        yield f"linear_act {n}x64x64"
     widths = (10, 64, 32, 5)
     # float64 at these widths is more than a T4's shared memory: it runs op by op.
     sizes = (ctypes.c_int64 * len(widths))(*widths)

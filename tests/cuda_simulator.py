@@ -52,14 +52,8 @@ def ptx_cache() -> Path:
 def compile_ptx(name: str, arch: int) -> str:
     """The PTX of one file of csrc/cuda, kept between runs by the contents of all of csrc."""
     digest = hashlib.sha256(repr((name, arch, FLAGS)).encode())
-    for path in (
-        sorted(SOURCES.glob("*.cuh"))
-        + sorted(SOURCES.glob("*.h"))
-        + [
-            SOURCES / name,
-            ROOT / "csrc" / "common" / "philox.h",
-        ]
-    ):
+    headers = [*SOURCES.glob("*.cuh"), *SOURCES.glob("*.h"), *(ROOT / "csrc/common").glob("*.h")]
+    for path in [*sorted(headers), SOURCES / name]:
         digest.update(path.read_bytes())
     kept = ptx_cache() / f"{name}-{arch}-{digest.hexdigest()[:16]}.ptx"
     if not kept.exists():
@@ -76,9 +70,13 @@ def compile_ptx(name: str, arch: int) -> str:
 def single_kernel(text: str, kernel: str) -> str:
     """The PTX of a module cut down to one kernel (and what is not a kernel), to parse faster."""
     head, *parts = text.split("\n\t// .globl\t")
-    shared = [line for part in parts for line in part.split("\n") if line.startswith(".extern")]
-    kept = [part for part in parts if part.split("\n", 1)[0].strip() == kernel]
-    return "\n".join([head, *shared, *("\t// .globl\t" + part for part in kept)])
+    lines = [line for part in parts for line in part.split("\n")]
+    declared = {line: None for line in lines if line.startswith((".extern", ".shared"))}
+    (part,) = (part for part in parts if part.split("\n", 1)[0].strip() == kernel)
+    body = "\n".join(line for line in part.split("\n") if line not in declared)
+    # What several kernels inline has its shared memory declared once, before the first of them.
+    used = [line for line in declared if line.split("[")[0].split()[-1] in body]
+    return "\n".join([head, *used, "\t// .globl\t" + body])
 
 
 _modules: dict[Any, Any] = {}  # parsed once a process

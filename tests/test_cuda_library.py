@@ -26,17 +26,10 @@ from bench.gpu_table import CHIPS, Line, occupancy, table
 from fused_mlp import _build
 from fused_mlp.ops.schemas import KERNEL_SCHEMAS
 
-# Without a kernel in CUDA C++: modules run their children, functions the reference's formula.
-PLAIN = {
-    "linear_act", "linear_act_backward", "batch_norm_act", "batch_norm_act_backward",
-    "linear_batch_norm_act",
-}  # fmt: skip
 
-
-def test_registers_every_op_it_has_kernels_for(cuda_library: ctypes.CDLL) -> None:
+def test_registers_every_op(cuda_library: ctypes.CDLL) -> None:
     for name in KERNEL_SCHEMAS:
-        there = torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_mlp_kernels::{name}", "CUDA")
-        assert there == (name not in PLAIN), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_mlp_kernels::{name}", "CUDA")
 
 
 def test_needs_no_unstable_symbol(cuda_library: ctypes.CDLL) -> None:
@@ -110,12 +103,12 @@ def test_every_chip(cuda_library: ctypes.CDLL, report_cache: Path, arch: int) ->
     rows = cuda_report.report(cuda_library, report_cache, [arch])
     assert {compiled.kernel for compiled, _ in rows if compiled.spilled} == set()
     lines = cuda_report.lines(rows)
-    assert len(lines) >= 30
+    assert len(lines) >= 50
     for line in lines:
         name = f"{line.kernel} of {line.dtype}"
         assert line.shared <= CHIPS[arch].shared_per_block, name
         assert line.occupancy and line.occupancy > 0, name
-        if line.kernel in ("gemm", "net_forward", "net_backward"):
+        if line.kernel in ("gemm", "gemm_act", "net_forward", "net_backward"):
             on_tensor_cores = arch >= 80 and line.dtype in ("tf32", "bfloat16", "float16")
             assert line.products == ("mma.sync" if on_tensor_cores else ""), name
         if line.kernel.startswith(("rows_", "columns_")):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from cuda_fixtures import CPU, cuda_library, each_gpu, gpu, simulate, tf32  # noqa: F401
 from cuda_simulator import Simulator
-from ptxsim import LaunchStats
 from support import DTYPES, check_case, lay_out, linear_case
+from support.traffic import assert_traffic
 
 KERNELS = torch.ops.fused_mlp_kernels
 
@@ -76,15 +76,6 @@ def test_nan_and_infinity(gpu: Simulator) -> None:
         torch.ones(3, 3), x, weight, output, 0.0, [True, False, False]
     )
     torch.testing.assert_close(dx, torch.tensor([[3.0, 3.0], [3.0, 3.0], [0.0, 0.0]]))
-
-
-def assert_traffic(stats: LaunchStats, read: int, written: int) -> None:
-    """At most 5 % more bytes than must be moved, whole sectors, no conflicts, no atomics."""
-    assert stats.dram_read_bytes <= 1.05 * read
-    assert stats.dram_write_bytes <= 1.05 * written
-    assert stats.load_efficiency >= 0.99 and stats.store_efficiency >= 0.99
-    assert stats.shared_wavefronts <= 1.1 * stats.shared_ideal_wavefronts
-    assert stats.atomics == 0
 
 
 @pytest.mark.parametrize("math", ["float32", "bfloat16", "tf32"])

@@ -7,12 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    ACTIVATIONS,
     DTYPES,
     INTERPRETED,
     LAYOUTS,
+    act_case,
     assert_as_accurate,
     assert_same_nonfinite,
     check_case,
+    check_special_values,
     lay_out,
     linear_case,
     odd_triples,
@@ -21,36 +24,18 @@ from support import (
 from fused_mlp import activations
 from fused_mlp.functional import linear_act, linear_relu
 
-KINDS = {
-    "none": {},
-    "relu": {},
-    "leaky_relu": {"negative_slope": 0.2},
-    "leaky_relu, slope 0": {"negative_slope": 0.0},
-    "leaky_relu, slope below 0": {"negative_slope": -0.5},
-    "gelu": {},
-    "gelu, tanh": {"approximate": "tanh"},
-    "silu": {},
-    "tanh": {},
-}
-SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-30, -1e-30, 88.0, -88.0, 1e4,
-           -1e4, 3e38, -3e38, 5e-324, -20.0, 9.0, -9.0, 0.5, -0.5, 1.0]  # fmt: skip
-
-
-def case(kind: str, *arguments, **options):
-    return linear_case(*arguments, activation=kind.split(",")[0], **KINDS[kind], **options)
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_odd_shapes(device: torch.device, dtype: torch.dtype, kind: str) -> None:
     for rows, in_features, out_features in odd_triples():
         options = {"dtype": dtype, "device": device}
-        check_case(case(kind, (rows, in_features), out_features, **options))
-        check_case(case(kind, (rows, in_features), out_features, bias=False, p=0.4, **options))
+        check_case(act_case(kind, (rows, in_features), out_features, **options))
+        check_case(act_case(kind, (rows, in_features), out_features, bias=False, p=0.4, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.usefixtures("all_threads")
 def test_larger(device: torch.device, dtype: torch.dtype, kind: str) -> None:
     """Beyond the cache, on several threads, and with more rows than a block has."""
@@ -58,68 +43,39 @@ def test_larger(device: torch.device, dtype: torch.dtype, kind: str) -> None:
         rows = rows // 10 + 1 if INTERPRETED else rows
         for p in (0.0, 0.3):
             options = {"p": p, "dtype": dtype, "device": device}
-            check_case(case(kind, (rows, in_features), out_features, **options))
+            check_case(act_case(kind, (rows, in_features), out_features, **options))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_batch_shapes(device: torch.device, kind: str, p: float) -> None:
     for shape in ((6,), (2, 1, 3, 6), (0, 3, 6), (3, 0, 6), (4, 0), (0,)):
-        check_case(case(kind, shape, 5, p=p, device=device))
-    check_case(case(kind, (5, 4), 0, p=p, device=device))
+        check_case(act_case(kind, shape, 5, p=p, device=device))
+    check_case(act_case(kind, (5, 4), 0, p=p, device=device))
 
 
 @pytest.mark.parametrize("kind", ["tanh", "silu", "none"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device: torch.device, kind: str, layout: str) -> None:
-    example = case(kind, (3, 11, 18), 13, p=0.2, device=device)
+    example = act_case(kind, (3, 11, 18), 13, p=0.2, device=device)
     grad = torch.randn(3, 11, 13).to(device)
     laid = [lay_out(t, layout) for t in example.tensors.values()]
     check_case(example, laid, lay_out(grad, layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_special_values(device: torch.device, dtype: torch.dtype, kind: str) -> None:
-    """Infinities, NaN, zeros of both signs and the ends of the range, forward and backward."""
-    x = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype).to(device)[:, None]
-    # oneDNN's GELU of infinity is NaN, torch's own is not.
-    with torch.backends.mkldnn.flags(enabled=False):
-        _check_special_values(device, dtype, kind, x)
-
-
-def _check_special_values(device, dtype, kind: str, x: torch.Tensor) -> None:
-    one = torch.ones(1, 1, dtype=dtype, device=device)
-    example = case(kind, (1, 1), 1, bias=False, dtype=dtype, device=device)
-    results = []
-    for function in (example.fused, example.plain):
-        leaf = x.clone().requires_grad_()
-        output = function(leaf, one)
-        (grad,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
-        results.append((output.detach(), grad))
-    exact = example.exact(x.double(), one.double())
-    for ours, torchs in zip(*results, strict=True):
-        assert_same_nonfinite(ours, torchs)
-    (ours, grad), (torchs, torchs_grad) = results
-    huge = 1 + 2**-5  # relative errors alone: among these values the largest hides the others
-    settled = ours.isfinite()
-    assert torch.equal(ours.sign()[settled], torchs.sign()[settled])
-    for i in range(len(SPECIAL)):
-        if settled[i] and exact[i].abs() < torch.finfo(dtype).max / huge:
-            assert_as_accurate(ours[i], torchs[i], exact[i], f"{kind}({SPECIAL[i]})", roundings=2)
-    finite = torchs_grad.isfinite()
-    torch.testing.assert_close(grad[finite], torchs_grad[finite])
-    if kind in ("none", "relu", "leaky_relu", "tanh"):
-        assert torch.equal(ours.signbit()[settled], torchs.signbit()[settled])
+    check_special_values(kind, dtype, device)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_nonfinite(device: torch.device, kind: str, value: float) -> None:
     """NaN and infinity reach the values torch's own operations let them reach, and no others."""
     for place in ("input", "weight", "bias"):
         for p in (0.0, 0.5):
-            example = case(kind, (9, 11), 13, p=p, device=device)
+            example = act_case(kind, (9, 11), 13, p=p, device=device)
             example.tensors[place].view(-1)[4] = value
             tensors = list(example.tensors.values())
             with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's GELU of infinity is NaN
@@ -127,13 +83,13 @@ def test_nonfinite(device: torch.device, kind: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_the_whole_range(device: torch.device, dtype: torch.dtype, kind: str) -> None:
     """A value alone, from tiny to where the activation is flat, errs no more than torch's."""
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 1, 500)]).to(device, dtype)
     x = torch.cat([x, -x])[:, None]
     one = torch.ones(1, 1, dtype=dtype, device=device)
-    example = case(kind, (1, 1), 1, bias=False, dtype=dtype, device=device)
+    example = act_case(kind, (1, 1), 1, bias=False, dtype=dtype, device=device)
     parts = {"all": x.abs() >= 0, "tiny": x.abs() < 1e-3}
     if dtype == torch.float32:  # the formula in float64 is no oracle of float64 where it cancels
         parts |= {"middle": (x > -6) & (x < -3), "flat": x < -6}
@@ -152,7 +108,7 @@ def test_the_whole_range(device: torch.device, dtype: torch.dtype, kind: str) ->
 
 @pytest.mark.parametrize("kind", ["leaky_relu", "gelu", "tanh"])
 def test_zero_gradient_where_dropped(device: torch.device, kind: str) -> None:
-    example = case(kind, (33, 20), 17, p=0.5, bias=False, device=device)
+    example = act_case(kind, (33, 20), 17, p=0.5, bias=False, device=device)
     x, weight = example.tensors.values()
     output = example.fused(x.requires_grad_(), weight.requires_grad_())
     grad = torch.where(output == 0, 1e30, 0.0)
@@ -170,10 +126,10 @@ def test_linear_relu_is_the_special_case(device: torch.device) -> None:
     assert torch.equal(linear_act(*tensors, "relu", 0.5), linear_relu(*tensors))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_only_gelu_and_silu_keep_what_they_saw(device: torch.device, kind: str) -> None:
     """The output, which the next layer keeps anyway, is all that the others keep for backward."""
-    example = case(kind, (33, 20), 17, device=device)
+    example = act_case(kind, (33, 20), 17, device=device)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         output = example.fused(*(t.requires_grad_() for t in example.tensors.values()))
@@ -202,13 +158,15 @@ def test_triton_counts_the_activations_alike() -> None:
     out_features=st.integers(0, 40),
     bias=st.booleans(),
     p=st.sampled_from([0.0, 0.25, 0.7]),
-    kind=st.sampled_from([*KINDS]),
+    kind=st.sampled_from([*ACTIVATIONS]),
     dtype=st.sampled_from(DTYPES),
 )
 def test_properties(
     device: torch.device, batch, in_features, out_features, bias, p, kind, dtype
 ) -> None:
-    check_case(case(kind, (*batch, in_features), out_features, bias, p, dtype=dtype, device=device))
+    check_case(
+        act_case(kind, (*batch, in_features), out_features, bias, p, dtype=dtype, device=device)
+    )
 
 
 BAD = [

@@ -1,8 +1,7 @@
 // Device code of gemm.cu.
 #pragma once
 
-#include "common/philox.h"
-#include "gemm.h"
+#include "behind.cuh"
 #include "staging.cuh"
 
 namespace fused_mlp::cuda::gemm {
@@ -24,10 +23,16 @@ constexpr int kResultLeading = kTile + 8;
 template <class M>
 constexpr int kResultBytes = kTile * kResultLeading * static_cast<int>(sizeof(typename M::A));
 constexpr int kMaskBytes = kTile * kTile / 8;
-template <class M>
-constexpr int kSharedBytes = larger(2 * kOperandBytes<M>, kResultBytes<M>) + kMaskBytes;
+// The bias and, in the kernels of any activation, a batch norm's mean, scale and shift.
+template <class M, class Known>
+constexpr int kVectorBytes =
+    (Known::kAny ? 4 : 1) * kTile * static_cast<int>(sizeof(typename M::A));
+template <class M, class Known>
+constexpr int kSharedBytes =
+    larger(2 * kOperandBytes<M>, kResultBytes<M>) + kVectorBytes<M, Known> + kMaskBytes;
 
-template <class M>
+// `Known`: OnlyReLU or AnyActivation.
+template <class M, class Known>
 struct Block {
   using T = typename M::T;
   using S = typename M::Storage;
@@ -40,14 +45,14 @@ struct Block {
   FUSED_MLP_DEVICE S* right() const { return reinterpret_cast<S*>(shared + kOperandBytes<M>); }
   FUSED_MLP_DEVICE A* result() const { return reinterpret_cast<A*>(shared); }
   FUSED_MLP_DEVICE uint8_t* mask() const {
-    return reinterpret_cast<uint8_t*>(shared + kSharedBytes<M> - kMaskBytes);
+    return reinterpret_cast<uint8_t*>(shared + kSharedBytes<M, Known> - kMaskBytes);
+  }
+  FUSED_MLP_DEVICE A* vector(int which) const {
+    return reinterpret_cast<A*>(shared + kSharedBytes<M, Known> - kMaskBytes -
+                                kVectorBytes<M, Known>) +
+           which * kTile;
   }
 
-  FUSED_MLP_DEVICE GatedMatrix<T> gated(int64_t row, int column) const {
-    return {{static_cast<const T*>(p.g) + row * p.g_stride + column, p.g_stride},
-            {static_cast<const T*>(p.output) + row * p.out + column, p.out},
-            static_cast<A>(p.scale)};
-  }
   FUSED_MLP_DEVICE const T* x(int64_t row, int column) const {
     return static_cast<const T*>(p.x) + row * p.x_stride + column;
   }
@@ -102,22 +107,72 @@ struct Block {
     }
   }
 
+  // What is the same in every row of the tile, and the tile's mask, into shared memory.
+  FUSED_MLP_DEVICE void prepare(int64_t m0, int n0, int columns) const {
+    const int c = threadIdx.x;
+    if (c < columns) {
+      vector(0)[c] = p.bias ? widen(static_cast<const T*>(p.bias)[n0 + c]) : A(0);
+      if constexpr (Known::kAny)
+        if (p.behind.norm.mean) {
+          const Affine<A> norm = evaluated_norm<T>(p.behind.norm, n0 + c);
+          vector(1)[c] = norm.mean;
+          vector(2)[c] = norm.scale;
+          vector(3)[c] = norm.shift;
+        }
+    }
+    if (!p.behind.threshold) return;
+    const Mask drawn = {p.behind.seed, p.behind.threshold};
+    for (int k = threadIdx.x; k < kMaskBytes; k += kThreads)
+      mask()[k] = static_cast<uint8_t>(drawn.template bits<8>(m0 + k / 8, n0 + k % 8 * 8));
+  }
+
+  // Writes what follows from the sums of V columns in shared memory.
+  template <int V, class F>
+  FUSED_MLP_DEVICE void finish_pack(const F& act, int64_t m0, int n0, int row, int column) const {
+    const auto load = [&](const A* from) {
+      if constexpr (V == 1)
+        return load_pack<1>(from);
+      else
+        return load_sums<T>(from);
+    };
+    Pack<A, V> z = load(result() + row * kResultLeading + column);
+    const Pack<A, V> bias = load(vector(0) + column);
+#pragma unroll
+    for (int j = 0; j < V; ++j) z.at[j] += bias.at[j];
+    const int64_t at = (m0 + row) * p.out + n0 + column;
+    if constexpr (Known::kAny) {
+      if (p.seen) store_global<V>(static_cast<T*>(p.seen) + at, narrowed<T>(z));
+      if (p.behind.norm.mean) {
+        const Pack<A, V> mean = load(vector(1) + column), scale = load(vector(2) + column),
+                         shift = load(vector(3) + column);
+#pragma unroll
+        for (int j = 0; j < V; ++j) z.at[j] = fused(z.at[j] - mean.at[j], scale.at[j], shift.at[j]);
+      }
+    }
+    const uint32_t kept = p.behind.threshold ? mask()[row * 8 + column / 8] >> (column % 8) : ~0u;
+    store_global<V>(static_cast<T*>(p.result) + at,
+                    activated<T>(act, z, kept, static_cast<A>(p.behind.scale)));
+  }
+
+  template <class F>
+  FUSED_MLP_DEVICE void finish(const F& act, int64_t m0, int n0, int rows, int columns) const {
+    constexpr int V = kPackWidth<T>;
+    if (p.out % V == 0 && aligned16(p.result) && aligned16(p.seen)) {
+      const int packs = columns / V;
+      for (int k = threadIdx.x; k < rows * packs; k += kThreads)
+        finish_pack<V>(act, m0, n0, k / packs, k % packs * V);
+    } else {
+      for (int k = threadIdx.x; k < rows * columns; k += kThreads)
+        finish_pack<1>(act, m0, n0, k / columns, k % columns);
+    }
+  }
+
   FUSED_MLP_DEVICE void layer() const {
     const int tiles = (p.out + kTile - 1) / kTile;
     const int64_t m0 = static_cast<int64_t>(blockIdx.x / tiles) * kTile;
     const int n0 = static_cast<int>(blockIdx.x % tiles) * kTile;
     const int rows = left_of(p.rows, m0, kTile), columns = left_of(p.out, n0, kTile);
-    if (p.threshold) {
-      const philox::Stream stream = philox::make_stream(p.seed[0], p.seed[1], 0);
-      for (int k = threadIdx.x; k < kMaskBytes; k += kThreads) {
-        const philox::Group bits = philox::draw(stream, m0 + k / 8, n0 / 8 + k % 8);
-        uint32_t byte = 0;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          byte |= static_cast<uint32_t>(philox::keep(bits, j, p.threshold)) << j;
-        mask()[k] = static_cast<uint8_t>(byte);
-      }
-    }
+    prepare(m0, n0, columns);
     A c[16] = {};
     for (int k0 = 0; k0 < p.in; k0 += kDepth<M>) {
       const int depth = left_of(p.in, k0, kDepth<M>), ld = M::leading(kDepth<M>);
@@ -129,24 +184,20 @@ struct Block {
       multiply<false, false>(c, depth);
       __syncthreads();
     }
-    __syncthreads();
-    const A scale = static_cast<A>(p.scale);
-    each<false, false>(c, [&](int row, int column, auto values) {
-      constexpr int W = sizeof(values) / sizeof(A);
-#pragma unroll
-      for (int r = 0; r < W; ++r) {
-        A z = values.at[r];
-        if (p.bias && column + r < columns)
-          z += widen(static_cast<const T*>(p.bias)[n0 + column + r]);
-        z = z < A(0) ? A(0) : z;  // NaN stays
-        const bool keep =
-            !p.threshold || (mask()[row * 8 + (column + r) / 8] >> ((column + r) % 8) & 1);
-        values.at[r] = z * (keep ? scale : A(0));
-      }
-      store_pack<W>(result() + row * kResultLeading + column, values);
-    });
-    __syncthreads();
-    write(static_cast<T*>(p.result) + m0 * p.out + n0, p.out, rows, columns);
+    collect<false, false>(c);
+    Known::template choose<A>(p.behind.activation, static_cast<A>(p.behind.slope),
+                              [&](const auto& act) { finish(act, m0, n0, rows, columns); });
+  }
+
+  // Rows of the gradient in front of activation and dropout, from (row, column) on.
+  FUSED_MLP_DEVICE void stage_gate(S* to, int ld, int64_t row, int column, int rows, int all_rows,
+                                   int columns, int pad) const {
+    Known::template choose<A>(
+        p.behind.activation, static_cast<A>(p.behind.slope), [&](const auto& act) {
+          const GatedMatrix source(act, p.behind, static_cast<const T*>(p.g), p.g_stride,
+                                   static_cast<const T*>(p.kept), p.out, row, column);
+          stage<M>(to, ld, source, rows, all_rows, columns, pad);
+        });
   }
 
   FUSED_MLP_DEVICE void input_gradient() const {
@@ -157,7 +208,7 @@ struct Block {
     A c[16] = {};
     for (int k0 = 0; k0 < p.out; k0 += kDepth<M>) {
       const int depth = left_of(p.out, k0, kDepth<M>), padded = round_up(depth, M::kPad);
-      stage<M>(left(), M::leading(kDepth<M>), gated(m0, k0), rows, kTile, depth, padded);
+      stage_gate(left(), M::leading(kDepth<M>), m0, k0, rows, kTile, depth, padded);
       stage_matrix<M>(right(), M::leading(kTile), weight(k0, n0), p.in, depth, padded, columns,
                       kTile);
       __syncthreads();
@@ -180,7 +231,7 @@ struct Block {
     for (int64_t k0 = first; k0 < last; k0 += kDepth<M>) {
       const int depth = left_of(last, k0, kDepth<M>), padded = round_up(depth, M::kPad);
       const int ld = M::leading(kTile);
-      stage<M>(left(), ld, gated(k0, m0), depth, padded, rows, kTile);
+      stage_gate(left(), ld, k0, m0, depth, padded, rows, kTile);
       stage_matrix<M>(right(), ld, x(k0, n0), p.x_stride, depth, padded, columns, kTile);
       __syncthreads();
       multiply<true, true>(c, depth);
@@ -207,8 +258,8 @@ struct Block {
 
 // A thread takes V neighbouring columns of a row: a 16-byte pack, or one where rows are not whole
 // packs. Neighbours draw the same eight columns' bits again, which costs less than sharing them.
-template <class T, int V>
-FUSED_MLP_DEVICE void elements(const ElementParameters& p) {
+template <class Known, class T, int V, class F>
+FUSED_MLP_DEVICE void elements(const ElementParameters& p, const F& act) {
   using A = Acc<T>;
   const int units = p.columns / V;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -216,30 +267,43 @@ FUSED_MLP_DEVICE void elements(const ElementParameters& p) {
   const int64_t row = k / units;
   const int column = static_cast<int>(k - row * units) * V;
   const int64_t at = row * p.columns + column;
-  const A scale = static_cast<A>(p.scale);
-  Pack<T, V> values = load_pack<V>(static_cast<const T*>(p.output) + at);
+  T* to = static_cast<T*>(p.result) + at;
   if (p.g) {
-    const auto g = load_pack<V>(static_cast<const T*>(p.g) + row * p.g_stride + column);
+    const GatedMatrix source(act, p.behind, static_cast<const T*>(p.g), p.g_stride,
+                             static_cast<const T*>(p.from), p.columns, row, column);
+    return store_global<V>(to, source.template load<V>(0, 0));
+  }
+  const Pack<T, V> product = load_pack<V>(static_cast<const T*>(p.from) + at);
+  Pack<A, V> z;
 #pragma unroll
-    for (int j = 0; j < V; ++j)
-      values.at[j] = narrow<T>(widen(values.at[j]) <= A(0) ? A(0) : widen(g.at[j]) * scale);
-  } else {
-    philox::Group bits = {};
-    if (p.threshold)
-      bits = philox::draw(philox::make_stream(p.seed[0], p.seed[1], 0), row, column / 8);
+  for (int j = 0; j < V; ++j) {
+    z.at[j] = widen(product.at[j]);
+    if (p.bias) z.at[j] += widen(static_cast<const T*>(p.bias)[column + j]);
+  }
+  if constexpr (Known::kAny) {
+    if (p.seen) store_global<V>(static_cast<T*>(p.seen) + at, narrowed<T>(z));
+    if (p.behind.norm.mean) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      A z = widen(values.at[j]);
-      if (p.bias) z += widen(static_cast<const T*>(p.bias)[column + j]);
-      z = z < A(0) ? A(0) : z;
-      const uint32_t word = column % 8 + j;
-      const uint32_t low = word & 2 ? bits.words[1] : bits.words[0];
-      const uint32_t high = word & 2 ? bits.words[3] : bits.words[2];
-      const uint32_t number = ((word & 4 ? high : low) >> (16 * (word & 1))) & 0xFFFFu;
-      values.at[j] = narrow<T>(z * (!p.threshold || number >= p.threshold ? scale : A(0)));
+      for (int j = 0; j < V; ++j) {
+        const Affine<A> norm = evaluated_norm<T>(p.behind.norm, column + j);
+        z.at[j] = fused(z.at[j] - norm.mean, norm.scale, norm.shift);
+      }
     }
   }
-  store_global<V>(static_cast<T*>(p.result) + at, values);
+  const Mask mask = {p.behind.seed, p.behind.threshold};
+  store_global<V>(
+      to, activated<T>(act, z, mask.template bits<V>(row, column), static_cast<A>(p.behind.scale)));
+}
+
+template <class Known, class T>
+FUSED_MLP_DEVICE void elements(const ElementParameters& p) {
+  Known::template choose<Acc<T>>(p.behind.activation, static_cast<Acc<T>>(p.behind.slope),
+                                 [&](const auto& act) {
+                                   if (p.vectors)
+                                     elements<Known, T, kPackWidth<T>>(p, act);
+                                   else
+                                     elements<Known, T, 1>(p, act);
+                                 });
 }
 
 }  // namespace fused_mlp::cuda::gemm

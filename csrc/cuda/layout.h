@@ -20,9 +20,11 @@ struct Layout {
 // Finds a layout that serves all tensors at once. `reduced` says which dimensions a group spans;
 // `strides` holds one list a tensor, at most three. False where there is none: then contiguous
 // copies with the kept dimensions in front always have one. Group k of the layout is the k-th in
-// row-major order of the kept dimensions.
+// row-major order of the kept dimensions; with `ordered` the elements of a group, those of the rows
+// layout segment by segment, are in the order of the reduced ones.
 inline bool find_layout(const std::vector<int64_t>& sizes, const std::vector<bool>& reduced,
-                        const std::vector<std::vector<int64_t>>& strides, Layout* layout) {
+                        const std::vector<std::vector<int64_t>>& strides, bool ordered,
+                        Layout* layout) {
   struct Dimension {
     int64_t size;
     bool reduced;
@@ -40,11 +42,11 @@ inline bool find_layout(const std::vector<int64_t>& sizes, const std::vector<boo
   std::stable_sort(order.begin(), order.end(), [](const Dimension& a, const Dimension& b) {
     return a.stride[0] > b.stride[0];
   });
-  int64_t kept = -1;  // groups are numbered in logical order, so kept dimensions must stay in it
+  int64_t last[2] = {-1, -1};  // groups are numbered in logical order: kept ones must stay in it
   for (const Dimension& d : order) {
-    if (d.reduced) continue;
-    if (static_cast<int64_t>(d.index) < kept) return false;
-    kept = static_cast<int64_t>(d.index);
+    if (d.reduced && !ordered) continue;
+    if (static_cast<int64_t>(d.index) < last[d.reduced]) return false;
+    last[d.reduced] = static_cast<int64_t>(d.index);
   }
   std::vector<Dimension> merged;
   for (const Dimension& d : order) {

@@ -9,10 +9,15 @@ namespace fused_mlp::cuda {
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("normalize", TORCH_BOX(&normalize));
   m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
+  m.impl("linear_act", TORCH_BOX(&linear_act));
+  m.impl("linear_act_backward", TORCH_BOX(&linear_act_backward));
+  m.impl("linear_batch_norm_act", TORCH_BOX(&linear_batch_norm_act));
   m.impl("linear_relu", TORCH_BOX(&linear_relu));
   m.impl("linear_relu_backward", TORCH_BOX(&linear_relu_backward));
   m.impl("research_net", TORCH_BOX(&research_net));
   m.impl("research_net_backward", TORCH_BOX(&research_net_backward));
+  m.impl("batch_norm_act", TORCH_BOX(&batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
   m.impl("batch_norm_leaky_relu", TORCH_BOX(&batch_norm_leaky_relu));
   m.impl("batch_norm_leaky_relu_backward", TORCH_BOX(&batch_norm_leaky_relu_backward));
 }

@@ -17,11 +17,34 @@ Tensor normalize_backward(const Tensor& grad_output, const Tensor& x, const Tens
                           const Tensor& std, std::optional<std::vector<int64_t>> dim,
                           double correction, double eps);
 
+Tensors linear_act(const Tensor& input, const Tensor& weight, OptionalTensor bias,
+                   int64_t activation, double negative_slope, double dropout_p, OptionalTensor seed,
+                   bool keep_input);
+Tensors linear_act_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                            OptionalTensor kept, int64_t activation, double negative_slope,
+                            double dropout_p, OptionalTensor seed, std::vector<bool> output_mask);
+Tensor linear_batch_norm_act(const Tensor& input, const Tensor& weight, OptionalTensor bias,
+                             const Tensor& running_mean, const Tensor& running_var,
+                             OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
+                             int64_t activation, double negative_slope, double dropout_p,
+                             OptionalTensor seed);
 Tensor linear_relu(const Tensor& input, const Tensor& weight, OptionalTensor bias, double dropout_p,
                    OptionalTensor seed);
 Tensors linear_relu_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                              const Tensor& output, double dropout_p, std::vector<bool> output_mask);
 
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& input, OptionalTensor running_mean,
+                                                  OptionalTensor running_var,
+                                                  OptionalTensor num_batches_tracked,
+                                                  OptionalTensor weight, OptionalTensor bias,
+                                                  bool training, double momentum, double eps,
+                                                  int64_t activation, double negative_slope,
+                                                  double dropout_p, OptionalTensor seed);
+Tensors batch_norm_act_backward(const Tensor& grad_output, const Tensor& input,
+                                OptionalTensor weight, OptionalTensor bias, const Tensor& mean,
+                                const Tensor& rstd, bool training, int64_t activation,
+                                double negative_slope, double dropout_p, OptionalTensor seed,
+                                std::vector<bool> output_mask);
 std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu(
     const Tensor& input, OptionalTensor running_mean, OptionalTensor running_var,
     OptionalTensor num_batches_tracked, OptionalTensor weight, OptionalTensor bias, bool training,

@@ -20,30 +20,6 @@ struct Matrix {
   FUSED_MLP_DEVICE T at(int row, int column) const { return data[row * stride + column]; }
 };
 
-// The gradient before dropout and ReLU, from the gradient after them and what they put out: zero
-// where the output is, else scaled as dropout did. A NaN that came out lets the gradient through.
-template <class T>
-struct GatedMatrix {
-  Matrix<T> gradient, output;
-  Acc<T> scale;
-  FUSED_MLP_DEVICE T gate(T g, T y) const {
-    return widen(y) <= Acc<T>(0) ? narrow<T>(Acc<T>(0)) : narrow<T>(widen(g) * scale);
-  }
-  FUSED_MLP_DEVICE bool packs(int columns) const {
-    return gradient.packs(columns) && output.packs(columns);
-  }
-  FUSED_MLP_DEVICE Pack<T, kPackWidth<T>> pack(int row, int column) const {
-    Pack<T, kPackWidth<T>> g = gradient.pack(row, column);
-    const Pack<T, kPackWidth<T>> y = output.pack(row, column);
-#pragma unroll
-    for (int j = 0; j < kPackWidth<T>; ++j) g.at[j] = gate(g.at[j], y.at[j]);
-    return g;
-  }
-  FUSED_MLP_DEVICE T at(int row, int column) const {
-    return gate(gradient.at(row, column), output.at(row, column));
-  }
-};
-
 // Fills a storage matrix with rows x columns numbers of a source in global memory. Rows from `rows`
 // to all_rows and columns up to pad become zero. A source has numbers `at(row, column)`, and
 // `pack(row, column)` of 16 bytes where `packs(columns)` says that it may be asked for them.
@@ -91,27 +67,35 @@ FUSED_MLP_DEVICE void stage_matrix(typename M::Storage* to, int ld, const typena
   stage<M>(to, ld, Matrix<typename M::T>{from, stride}, rows, all_rows, columns, pad);
 }
 
-// 16 bytes' worth of T from sums in shared memory. Where that takes two 16-byte reads, half of the
-// threads do the second one first, so that eight neighbours never meet in a bank.
+// As many sums in shared memory as 16 bytes hold of T. Where that takes two 16-byte reads, half of
+// the threads do the second one first, so that eight neighbours never meet in a bank.
 template <class T>
-FUSED_MLP_DEVICE Pack<T, kPackWidth<T>> narrow_pack(const Acc<T>* from) {
+FUSED_MLP_DEVICE Pack<Acc<T>, kPackWidth<T>> load_sums(const Acc<T>* from) {
   constexpr int V = kPackWidth<T>, W = kPackWidth<Acc<T>>;
-  Pack<T, V> pack;
   if constexpr (V == W) {
-    const auto sums = load_pack<W>(from);
-#pragma unroll
-    for (int r = 0; r < W; ++r) pack.at[r] = narrow<T>(sums.at[r]);
+    return load_pack<W>(from);
   } else {
     static_assert(V == 2 * W, "two reads");
     const bool swapped = threadIdx.x & 4;
     const auto first = load_pack<W>(from + (swapped ? W : 0));
     const auto second = load_pack<W>(from + (swapped ? 0 : W));
+    Pack<Acc<T>, V> sums;
 #pragma unroll
     for (int r = 0; r < W; ++r) {
-      pack.at[r] = narrow<T>(swapped ? second.at[r] : first.at[r]);
-      pack.at[W + r] = narrow<T>(swapped ? first.at[r] : second.at[r]);
+      sums.at[r] = swapped ? second.at[r] : first.at[r];
+      sums.at[W + r] = swapped ? first.at[r] : second.at[r];
     }
+    return sums;
   }
+}
+
+// The same, rounded.
+template <class T>
+FUSED_MLP_DEVICE Pack<T, kPackWidth<T>> narrow_pack(const Acc<T>* from) {
+  const auto sums = load_sums<T>(from);
+  Pack<T, kPackWidth<T>> pack;
+#pragma unroll
+  for (int r = 0; r < kPackWidth<T>; ++r) pack.at[r] = narrow<T>(sums.at[r]);
   return pack;
 }
 

@@ -24,16 +24,16 @@ bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stride
 }
 
 bool try_layout(const Tensor& x, const OptionalTensor& g, const Tensor& y,
-                const std::vector<bool>& reduced, Layout* layout) {
+                const std::vector<bool>& reduced, bool ordered, Layout* layout) {
   std::vector<std::vector<int64_t>> strides = {strides_of(x), strides_of(y)};
   if (g) strides.push_back(strides_of(*g));
-  return find_layout(sizes_of(x), reduced, strides, layout);
+  return find_layout(sizes_of(x), reduced, strides, ordered, layout);
 }
 
 }  // namespace
 
 Standardization standardization(const Tensor& x, const OptionalTensor& g,
-                                const std::vector<bool>& reduced) {
+                                const std::vector<bool>& reduced, bool ordered) {
   Standardization s = {};
   s.x = x;
   s.g = g;
@@ -43,12 +43,12 @@ Standardization standardization(const Tensor& x, const OptionalTensor& g,
                               : new_tensor(sizes, x.scalar_type(), x);
   s.result = s.y;
   Layout layout;
-  bool found = try_layout(s.x, s.g, s.y, reduced, &layout);
+  bool found = try_layout(s.x, s.g, s.y, reduced, ordered, &layout);
   if (!found && s.g) {  // a gradient of other strides, as that of a sum, whose strides are zero
     Tensor copy = new_strided(sizes, strides_of(s.y), x.scalar_type(), x);
     torch::stable::copy_(copy, *s.g);
     s.g = copy;
-    found = try_layout(s.x, s.g, s.y, reduced, &layout);
+    found = try_layout(s.x, s.g, s.y, reduced, ordered, &layout);
   }
   if (!found) {
     std::vector<int64_t> order, inverse(sizes.size());
@@ -64,7 +64,7 @@ Standardization standardization(const Tensor& x, const OptionalTensor& g,
     if (g) s.g = as_contiguous(permute(*g, order));
     s.y = new_tensor(sizes_of(s.x), x.scalar_type(), x);
     s.result = permute(s.y, inverse);
-    found = try_layout(s.x, s.g, s.y, moved, &layout);
+    found = try_layout(s.x, s.g, s.y, moved, ordered, &layout);
     STD_TORCH_CHECK(found, "fused_mlp: no layout for a contiguous tensor");
   }
   s.columns = layout.columns;

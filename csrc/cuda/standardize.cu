@@ -1,4 +1,5 @@
-// The kernels behind normalize and batch_norm_leaky_relu, and how they are launched.
+// The kernels behind normalize and batch_norm_act, and how they are launched. Each is there twice,
+// with LeakyReLU or nothing behind the affine map and with ReLU and dropout as well.
 //
 // Forward: measure the moments of each group, then apply y = act((x - mean) * scale + shift).
 // Backward: measure the two sums, then apply dx = a du + b (x - mean) + c. A group that one block
@@ -9,36 +10,34 @@
 #include "standardize_columns.cuh"
 #include "standardize_rows.cuh"
 
-#define FUSED_MLP_STANDARDIZE_KERNELS(suffix, T)                                            \
-  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_columns_forward_##suffix(  \
-      const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) {                   \
-    using namespace fused_mlp::cuda;                                                        \
-    if (p.vectors)                                                                          \
-      standardize::columns_forward<T, kPackWidth<T>>(p);                                    \
-    else                                                                                    \
-      standardize::columns_forward<T, 1>(p);                                                \
-  }                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_columns_backward_##suffix( \
-      const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) {                   \
-    using namespace fused_mlp::cuda;                                                        \
-    if (p.vectors)                                                                          \
-      standardize::columns_backward<T, kPackWidth<T>>(p);                                   \
-    else                                                                                    \
-      standardize::columns_backward<T, 1>(p);                                               \
-  }                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_rows_forward_##suffix(     \
-      const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) {                   \
-    fused_mlp::cuda::standardize::rows_forward<T>(p);                                       \
-  }                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256, 2) fused_mlp_rows_backward_##suffix(    \
-      const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) {                   \
-    fused_mlp::cuda::standardize::rows_backward<T>(p);                                      \
+#define FUSED_MLP_STANDARDIZE_KERNEL(name, ...)                                \
+  extern "C" __global__ void __launch_bounds__(256, 2)                         \
+      name(const __grid_constant__ fused_mlp::cuda::StandardizeParameters p) { \
+    using namespace fused_mlp::cuda;                                           \
+    __VA_ARGS__                                                                \
   }
+#define FUSED_MLP_STANDARDIZE_KERNELS(act, any, suffix, T)                                  \
+  FUSED_MLP_STANDARDIZE_KERNEL(fused_mlp_columns##act##_forward_##suffix,                   \
+                               if (p.vectors)                                               \
+                                   standardize::columns_forward<T, kPackWidth<T>, any>(p);  \
+                               else standardize::columns_forward<T, 1, any>(p);)            \
+  FUSED_MLP_STANDARDIZE_KERNEL(fused_mlp_columns##act##_backward_##suffix,                  \
+                               if (p.vectors)                                               \
+                                   standardize::columns_backward<T, kPackWidth<T>, any>(p); \
+                               else standardize::columns_backward<T, 1, any>(p);)           \
+  FUSED_MLP_STANDARDIZE_KERNEL(fused_mlp_rows##act##_forward_##suffix,                      \
+                               standardize::rows_forward<T, any>(p);)                       \
+  FUSED_MLP_STANDARDIZE_KERNEL(fused_mlp_rows##act##_backward_##suffix,                     \
+                               standardize::rows_backward<T, any>(p);)
 
-FUSED_MLP_STANDARDIZE_KERNELS(f32, float)
-FUSED_MLP_STANDARDIZE_KERNELS(f64, double)
-FUSED_MLP_STANDARDIZE_KERNELS(bf16, __nv_bfloat16)
-FUSED_MLP_STANDARDIZE_KERNELS(f16, __half)
+FUSED_MLP_STANDARDIZE_KERNELS(, false, f32, float)
+FUSED_MLP_STANDARDIZE_KERNELS(, false, f64, double)
+FUSED_MLP_STANDARDIZE_KERNELS(, false, bf16, __nv_bfloat16)
+FUSED_MLP_STANDARDIZE_KERNELS(, false, f16, __half)
+FUSED_MLP_STANDARDIZE_KERNELS(_act, true, f32, float)
+FUSED_MLP_STANDARDIZE_KERNELS(_act, true, f64, double)
+FUSED_MLP_STANDARDIZE_KERNELS(_act, true, bf16, __nv_bfloat16)
+FUSED_MLP_STANDARDIZE_KERNELS(_act, true, f16, __half)
 
 namespace fused_mlp::cuda {
 namespace {
@@ -56,10 +55,15 @@ using StandardizeKernel = Kernel<StandardizeParameters>;
   {FUSED_MLP_KERNEL(name##_f32), FUSED_MLP_KERNEL(name##_f64), FUSED_MLP_KERNEL(name##_bf16), \
    FUSED_MLP_KERNEL(name##_f16)}
 
-const StandardizeKernel kForward[2][kDTypes] = {FUSED_MLP_BY_DTYPE(fused_mlp_rows_forward),
-                                                FUSED_MLP_BY_DTYPE(fused_mlp_columns_forward)};
-const StandardizeKernel kBackward[2][kDTypes] = {FUSED_MLP_BY_DTYPE(fused_mlp_rows_backward),
-                                                 FUSED_MLP_BY_DTYPE(fused_mlp_columns_backward)};
+// By layout, and whether ReLU or dropout follows.
+const StandardizeKernel kForward[2][2][kDTypes] = {
+    {FUSED_MLP_BY_DTYPE(fused_mlp_rows_forward), FUSED_MLP_BY_DTYPE(fused_mlp_rows_act_forward)},
+    {FUSED_MLP_BY_DTYPE(fused_mlp_columns_forward),
+     FUSED_MLP_BY_DTYPE(fused_mlp_columns_act_forward)}};
+const StandardizeKernel kBackward[2][2][kDTypes] = {
+    {FUSED_MLP_BY_DTYPE(fused_mlp_rows_backward), FUSED_MLP_BY_DTYPE(fused_mlp_rows_act_backward)},
+    {FUSED_MLP_BY_DTYPE(fused_mlp_columns_backward),
+     FUSED_MLP_BY_DTYPE(fused_mlp_columns_act_backward)}};
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -109,7 +113,8 @@ void launch_phases(const StandardizeKernel& kernel, bool columns, bool backward,
             parameter(p.running_var, kWideRunningVar, running),
             parameter(p.grad_weight, kWideWeight, Extent::kWrite),
             parameter(p.grad_bias, kWideBias, Extent::kWrite),
-            {p.batches_tracked, p.batches_tracked == nullptr ? 0 : 8, Extent::kReadWrite}});
+            {p.batches_tracked, p.batches_tracked == nullptr ? 0 : 8, Extent::kReadWrite},
+            {p.seed, p.seed == nullptr ? 0 : 16, Extent::kRead}});
   };
   if (!measures) {
     p.partials = nullptr;
@@ -122,6 +127,9 @@ void launch_phases(const StandardizeKernel& kernel, bool columns, bool backward,
     start(kApply);
   }
 }
+
+// Which of the two kernels. A dropout that keeps all may scale all the same.
+bool general(const StandardizeParameters& p) { return p.flags & kRectifies || p.seed; }
 
 }  // namespace
 
@@ -179,15 +187,15 @@ StandardizePlan plan_standardize(DType dtype, bool columns, const StandardizePar
 
 void standardize_forward(DType dtype, bool columns, const StandardizePlan& plan,
                          StandardizeParameters p, cudaStream_t stream) {
-  launch_phases(kForward[columns][static_cast<int>(dtype)], columns, false, dtype, plan, p,
-                !(p.flags & kGivenStatistics), stream);
+  launch_phases(kForward[columns][general(p)][static_cast<int>(dtype)], columns, false, dtype, plan,
+                p, !(p.flags & kGivenStatistics), stream);
 }
 
 void standardize_backward(DType dtype, bool columns, const StandardizePlan& plan,
                           StandardizeParameters p, cudaStream_t stream) {
   const bool sums = !(p.flags & kGivenStatistics) || p.grad_weight || p.grad_bias;
-  launch_phases(kBackward[columns][static_cast<int>(dtype)], columns, true, dtype, plan, p, sums,
-                stream);
+  launch_phases(kBackward[columns][general(p)][static_cast<int>(dtype)], columns, true, dtype, plan,
+                p, sums, stream);
 }
 
 }  // namespace fused_mlp::cuda

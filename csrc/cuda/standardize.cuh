@@ -2,7 +2,7 @@
 // transforms that follow from them.
 #pragma once
 
-#include "device.cuh"
+#include "activation.cuh"
 #include "standardize.h"
 
 namespace fused_mlp::cuda::standardize {
@@ -87,39 +87,108 @@ FUSED_MLP_DEVICE Moments<A> moments_of(const A (&x)[N]) {
   return {A(N), mean, m2};
 }
 
-// y = act((x - mean) * scale + shift) of one group. The mean is kept as a number near it (an
-// element, or the rounded mean) and the rest, so that 1e4 +- 1e-2 keeps its digits.
-template <class A>
-struct Transform {
-  A origin, rest, scale, shift, slope;
-  FUSED_MLP_DEVICE A centred(A x) const { return (x - origin) - rest; }
-  FUSED_MLP_DEVICE A pre(A x) const { return fused(centred(x), scale, shift); }
-  FUSED_MLP_DEVICE A operator()(A x) const {
-    const A u = pre(x);
-    return u > A(0) ? u : u * slope;
+// What stands behind the affine map. LeakyReLU serves for no activation too, with a slope of 1, and
+// is all that the kernels that are not `kAny` know.
+template <class A, bool kAny>
+struct Ending {
+  A slope;
+  bool rectifies;
+
+  FUSED_MLP_DEVICE A value(A u) const {
+    if constexpr (kAny)
+      if (rectifies) return Act<A, Activation::kReLU>{A(0)}.value(u);
+    return Act<A, Activation::kLeakyReLU>{slope}.value(u);
+  }
+  FUSED_MLP_DEVICE A gradient(A g, A u) const {
+    if constexpr (kAny)
+      if (rectifies) return Act<A, Activation::kReLU>{A(0)}.gradient(g, u);
+    return Act<A, Activation::kLeakyReLU>{slope}.gradient(g, u);
   }
 };
 
+template <class A, bool kAny>
+FUSED_MLP_DEVICE Ending<A, kAny> ending_of(const StandardizeParameters& p) {
+  return {p.flags & kNormalizes ? A(1) : static_cast<A>(p.slope), (p.flags & kRectifies) != 0};
+}
+
+// Dropout of V elements: nothing at all in the kernels that are not `kAny`.
+template <class A, bool kAny>
+struct Dropped {
+  uint32_t kept;
+  A scale;
+  FUSED_MLP_DEVICE A operator()(int j, A value) const {
+    if constexpr (kAny) return value * (kept >> j & 1 ? scale : A(0));
+    return value;
+  }
+};
+
+// Of elements from number `first` of a group on, or of as many groups from `group` on where
+// `kAcross`. The mask's rows are those of [elements, groups], or have mask_length elements each.
+template <class A, bool kAny, int V, bool kAcross>
+FUSED_MLP_DEVICE Dropped<A, kAny> dropped(const StandardizeParameters& p, int64_t group,
+                                          int64_t first) {
+  Dropped<A, kAny> d = {~0u, A(1)};
+  if constexpr (kAny) {
+    d.scale = static_cast<A>(p.dropout_scale);
+    if (!p.threshold) return d;
+    const philox::Stream stream = philox::make_stream(p.seed[0], p.seed[1], 0);
+    const int64_t length = p.mask_length, groups = p.outer * (kAcross ? p.inner : 1);
+    int64_t row = first, column = group;
+    if (length) {
+      const int64_t set = first / length;
+      row = set * groups + group;
+      column = first - set * length;
+    }
+    philox::Group bits = {};
+    int64_t drawn_row = -1, drawn_column = 0;
+    d.kept = 0;
+#pragma unroll 1
+    for (int j = 0; j < V; ++j) {
+      if (row != drawn_row || column / 8 != drawn_column) {
+        drawn_row = row;
+        drawn_column = column / 8;
+        bits = philox::draw(stream, row, static_cast<uint32_t>(drawn_column));
+      }
+      d.kept |= static_cast<uint32_t>(keeps(bits, column % 8, p.threshold)) << j;
+      if (kAcross == (length == 0)) {
+        ++column;
+        if (length && column == length) {
+          column = 0;
+          row += groups;
+        }
+      } else {
+        ++row;
+      }
+    }
+  }
+  return d;
+}
+
+// y = ending((x - mean) * scale + shift) of one group. The mean is kept as a number near it (an
+// element, or the rounded mean) and the rest, so that 1e4 +- 1e-2 keeps its digits.
+template <class A, bool kAny>
+struct Transform {
+  A origin, rest, scale, shift;
+  Ending<A, kAny> ending;
+  FUSED_MLP_DEVICE A centred(A x) const { return (x - origin) - rest; }
+  FUSED_MLP_DEVICE A pre(A x) const { return fused(centred(x), scale, shift); }
+  FUSED_MLP_DEVICE A operator()(A x) const { return ending.value(pre(x)); }
+};
+
 // dx = scale * du + b * (x - mean) + c of one group.
-template <class A>
+template <class A, bool kAny>
 struct Gradient {
-  Transform<A> forward;
+  Transform<A, kAny> forward;
   A b, c;
-  FUSED_MLP_DEVICE A du(A g, A x) const { return forward.pre(x) > A(0) ? g : g * forward.slope; }
+  FUSED_MLP_DEVICE A du(A g, A x) const { return forward.ending.gradient(g, forward.pre(x)); }
   FUSED_MLP_DEVICE A operator()(A g, A x) const {
     return fused(forward.scale, du(g, x), fused(b, forward.centred(x), c));
   }
 };
 
-// LeakyReLU's slope; 1 for normalize, which has none. The same for every group.
-template <class A>
-FUSED_MLP_DEVICE A slope_of(const StandardizeParameters& p) {
-  return p.flags & kNormalizes ? A(1) : static_cast<A>(p.slope);
-}
-
-template <class T>
+template <class T, bool kAny>
 FUSED_MLP_DEVICE void set_affine(const StandardizeParameters& p, int64_t group, Acc<T> rstd,
-                                 Transform<Acc<T>>& t) {
+                                 Transform<Acc<T>, kAny>& t) {
   using A = Acc<T>;
   t.scale = p.weight ? rstd * load_parameter<T>(p.weight, p.flags & kWideWeight, group) : rstd;
   t.shift = p.bias ? load_parameter<T>(p.bias, p.flags & kWideBias, group) : A(0);
@@ -127,14 +196,15 @@ FUSED_MLP_DEVICE void set_affine(const StandardizeParameters& p, int64_t group, 
 
 // The group's transform from the moments of its elements less `origin`; the `writer` among the
 // blocks that know them keeps the statistics and moves the running ones.
-template <class T>
-FUSED_MLP_DEVICE Transform<Acc<T>> finish_forward(const StandardizeParameters& p, int64_t group,
-                                                  Acc<T> origin, Moments<Acc<T>> m, bool writer) {
+template <class T, bool kAny>
+FUSED_MLP_DEVICE Transform<Acc<T>, kAny> finish_forward(const StandardizeParameters& p,
+                                                        int64_t group, Acc<T> origin,
+                                                        Moments<Acc<T>> m, bool writer) {
   using A = Acc<T>;
-  Transform<A> t;
+  Transform<A, kAny> t;
   t.origin = origin;
   t.rest = m.mean;
-  t.slope = slope_of<A>(p);
+  t.ending = ending_of<A, kAny>(p);
   A deviation;
   if (p.flags & kGivenStatistics) {
     t.origin = load_parameter<T>(p.running_mean, p.flags & kWideRunningMean, group);
@@ -170,13 +240,14 @@ FUSED_MLP_DEVICE Transform<Acc<T>> finish_forward(const StandardizeParameters& p
 }
 
 // What the gate of the backward pass needs: the forward transform.
-template <class T>
-FUSED_MLP_DEVICE Transform<Acc<T>> reload_forward(const StandardizeParameters& p, int64_t group) {
+template <class T, bool kAny>
+FUSED_MLP_DEVICE Transform<Acc<T>, kAny> reload_forward(const StandardizeParameters& p,
+                                                        int64_t group) {
   using A = Acc<T>;
-  Transform<A> t;
+  Transform<A, kAny> t;
   t.origin = static_cast<const A*>(p.mean)[group];
   t.rest = 0;
-  t.slope = slope_of<A>(p);
+  t.ending = ending_of<A, kAny>(p);
   const A deviation = static_cast<const A*>(p.deviation)[group];
   if (p.flags & kNormalizes) {
     t.scale = A(1) / (deviation + static_cast<A>(p.eps));
@@ -187,16 +258,17 @@ FUSED_MLP_DEVICE Transform<Acc<T>> reload_forward(const StandardizeParameters& p
   return t;
 }
 
-template <class T>
-FUSED_MLP_DEVICE Gradient<Acc<T>> finish_backward(const StandardizeParameters& p, int64_t group,
-                                                  int64_t count, const Transform<Acc<T>>& t,
-                                                  const Sums<Acc<T>>& s, bool writer) {
+template <class T, bool kAny>
+FUSED_MLP_DEVICE Gradient<Acc<T>, kAny> finish_backward(const StandardizeParameters& p,
+                                                        int64_t group, int64_t count,
+                                                        const Transform<Acc<T>, kAny>& t,
+                                                        const Sums<Acc<T>>& s, bool writer) {
   using A = Acc<T>;
   const A n = static_cast<A>(count);
   const A off = p.flags & kGivenStatistics ? A(0) : s.x / n;  // of the rounded mean
   const A du_x = s.du_x - s.du * off;
   const A deviation = static_cast<const A*>(p.deviation)[group];
-  Gradient<A> d = {t, A(0), A(0)};
+  Gradient<A, kAny> d = {t, A(0), A(0)};
   if (p.flags & kNormalizes) {
     if (deviation != A(0)) {
       const A freedom = n - static_cast<A>(p.correction);

@@ -1,4 +1,4 @@
-// Standardisation over groups of elements: what normalize and batch_norm_leaky_relu have in common.
+// Standardisation over groups of elements: what normalize and batch_norm_act have in common.
 //
 // Host interface of standardize.cu. A group is the set of elements that share a mean. In both
 // layouts an element has three coordinates (outer, middle, inner) with stride 1 along inner:
@@ -22,11 +22,12 @@ enum StandardizeFlags : int32_t {
   kWideBias = 8,
   kWideRunningMean = 16,
   kWideRunningVar = 32,
+  kRectifies = 64,  // ReLU in place of LeakyReLU
 };
 
 enum StandardizePhase : int32_t { kMeasure = 1, kApply = 2 };
 
-// The one parameter of the four kernels. Strides count elements.
+// The one parameter of the kernels. Strides count elements.
 struct StandardizeParameters {
   const void* x;
   const void* g;       // backward: gradient of the output
@@ -41,13 +42,16 @@ struct StandardizeParameters {
   void* grad_weight;
   void* grad_bias;
   int64_t* batches_tracked;
+  const int64_t* seed;  // or null: no dropout
   int64_t x_outer, x_middle, g_outer, g_middle, y_outer, y_middle;
   int64_t outer, middle, inner;
-  int64_t per_chunk;  // rows layout: elements of a group in a chunk; columns: rows
+  int64_t per_chunk;    // rows layout: elements of a group in a chunk; columns: rows
+  int64_t mask_length;  // a group's elements that share a row of dropout's mask; 0: rows of groups
   double eps, correction, momentum, slope;
+  double dropout_scale;
   int32_t chunks, lanes, phase, flags;  // lanes: threads that share a row of columns, or a group
-  int32_t vectors;  // columns: every row of every tensor starts at a multiple of 16 bytes
-  int32_t padding;
+  int32_t vectors;     // columns: every row of every tensor starts at a multiple of 16 bytes
+  uint32_t threshold;  // of dropout
 };
 
 // How a standardisation is cut into blocks: a pure function of the problem and the device.
@@ -64,7 +68,8 @@ struct StandardizePlan {
 StandardizePlan plan_standardize(DType dtype, bool columns, const StandardizeParameters& shape,
                                  const Device& device);
 
-// One launch where a block sees all of its groups, else two. Fills in the plan's fields.
+// One launch where a block sees all of its groups, else two. Fills in the plan's fields. ReLU and
+// dropout have kernels of their own.
 void standardize_forward(DType dtype, bool columns, const StandardizePlan& plan,
                          StandardizeParameters parameters, cudaStream_t stream);
 void standardize_backward(DType dtype, bool columns, const StandardizePlan& plan,

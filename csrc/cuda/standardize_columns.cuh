@@ -127,7 +127,7 @@ struct ColumnVectors {
   FUSED_MLP_DEVICE A get(int which, int lane, int j) const { return at[which][j][lane]; }
 };
 
-template <class T, int V>
+template <class T, int V, bool kAny>
 FUSED_MLP_DEVICE void columns_forward(const StandardizeParameters& p) {
   using A = Acc<T>;
   __shared__ ColumnVectors<T, V, 4> shared;
@@ -171,7 +171,8 @@ FUSED_MLP_DEVICE void columns_forward(const StandardizeParameters& p) {
   }
   if (at.owns) {
     const A origin = p.flags & kGivenStatistics ? A(0) : widen(slab[at.first_column + threadIdx.x]);
-    const Transform<A> t = finish_forward<T>(p, at.own_group(p), origin, own, at.writes());
+    const Transform<A, kAny> t =
+        finish_forward<T, kAny>(p, at.own_group(p), origin, own, at.writes());
     shared.set(0, t.origin);
     shared.set(1, t.rest);
     shared.set(2, t.scale);
@@ -179,11 +180,11 @@ FUSED_MLP_DEVICE void columns_forward(const StandardizeParameters& p) {
   }
   __syncthreads();
   if (!at.active) return;
-  Transform<A> transform[V];
+  Transform<A, kAny> transform[V];
 #pragma unroll
   for (int j = 0; j < V; ++j)
     transform[j] = {shared.get(0, at.lane, j), shared.get(1, at.lane, j), shared.get(2, at.lane, j),
-                    shared.get(3, at.lane, j), slope_of<A>(p)};
+                    shared.get(3, at.lane, j), ending_of<A, kAny>(p)};
   for (int64_t r = at.first(p) + at.row; r < last; r += kUnroll * step) {
     Pack<T, V> pack[kUnroll];
 #pragma unroll
@@ -192,14 +193,16 @@ FUSED_MLP_DEVICE void columns_forward(const StandardizeParameters& p) {
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       if (r + k * step >= last) continue;
+      const auto drop = dropped<A, kAny, V, true>(p, at.column(), r + k * step);
 #pragma unroll
-      for (int j = 0; j < V; ++j) pack[k].at[j] = narrow<T>(transform[j](widen(pack[k].at[j])));
+      for (int j = 0; j < V; ++j)
+        pack[k].at[j] = narrow<T>(drop(j, transform[j](widen(pack[k].at[j]))));
       store_global<V>(y + (r + k * step) * p.y_middle, pack[k]);
     }
   }
 }
 
-template <class T, int V>
+template <class T, int V, bool kAny>
 FUSED_MLP_DEVICE void columns_backward(const StandardizeParameters& p) {
   using A = Acc<T>;
   constexpr int kRows = kUnroll / 2;  // two tensors are read
@@ -210,18 +213,18 @@ FUSED_MLP_DEVICE void columns_backward(const StandardizeParameters& p) {
   const T* x = static_cast<const T*>(p.x) + at.slab * p.x_outer + at.column();
   const T* g = static_cast<const T*>(p.g) + at.slab * p.g_outer + at.column();
   T* y = static_cast<T*>(p.y) + at.slab * p.y_outer + at.column();
-  Transform<A> own_forward;
+  Transform<A, kAny> own_forward;
   if (at.owns) {
-    own_forward = reload_forward<T>(p, at.own_group(p));
+    own_forward = reload_forward<T, kAny>(p, at.own_group(p));
     shared.set(0, own_forward.origin);
     shared.set(1, own_forward.scale);
     shared.set(2, own_forward.shift);
   }
-  const auto forward = [&](int j) -> Transform<A> {
+  const auto forward = [&](int j) -> Transform<A, kAny> {
     return {shared.get(0, at.lane, j), A(0), shared.get(1, at.lane, j), shared.get(2, at.lane, j),
-            slope_of<A>(p)};
+            ending_of<A, kAny>(p)};
   };
-  Gradient<A> gradient[V];
+  Gradient<A, kAny> gradient[V];
   Sums<A> own = {};
   if (p.phase & kMeasure) {
     __syncthreads();
@@ -240,10 +243,11 @@ FUSED_MLP_DEVICE void columns_backward(const StandardizeParameters& p) {
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
           if (r + k * step >= last) continue;
+          const auto drop = dropped<A, kAny, V, true>(p, at.column(), r + k * step);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
             const A value = widen(xs[k].at[j]);
-            const A du = gradient[j].du(widen(gs[k].at[j]), value);
+            const A du = gradient[j].du(drop(j, widen(gs[k].at[j])), value);
             const A centred = gradient[j].forward.centred(value);
             s[j] = {s[j].du + du, fused(du, centred, s[j].du_x), s[j].x + centred};
           }
@@ -256,8 +260,8 @@ FUSED_MLP_DEVICE void columns_backward(const StandardizeParameters& p) {
     own = at.template merge_partials<Sums<A>>(p);
   }
   if (at.owns) {
-    const Gradient<A> d =
-        finish_backward<T>(p, at.own_group(p), p.middle, own_forward, own, at.writes());
+    const Gradient<A, kAny> d =
+        finish_backward<T, kAny>(p, at.own_group(p), p.middle, own_forward, own, at.writes());
     shared.set(3, d.b);
     shared.set(4, d.c);
   }
@@ -277,9 +281,10 @@ FUSED_MLP_DEVICE void columns_backward(const StandardizeParameters& p) {
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       if (r + k * step >= last) continue;
+      const auto drop = dropped<A, kAny, V, true>(p, at.column(), r + k * step);
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        xs[k].at[j] = narrow<T>(gradient[j](widen(gs[k].at[j]), widen(xs[k].at[j])));
+        xs[k].at[j] = narrow<T>(gradient[j](drop(j, widen(gs[k].at[j])), widen(xs[k].at[j])));
       store_global<V>(y + (r + k * step) * p.y_middle, xs[k]);
     }
   }

@@ -136,13 +136,14 @@ struct MeasureRows {
   }
 };
 
-template <class T>
+template <class T, bool kAny>
 struct ApplyRows {
   static constexpr int kPacks = kUnroll;
   const StandardizeParameters& p;
   const T* x;
   T* y;
-  Transform<Acc<T>> transform;
+  int64_t group;
+  Transform<Acc<T>, kAny> transform;
 
   template <int V, int K>
   FUSED_MLP_DEVICE void visit(int64_t segment, int64_t i, int step) {
@@ -153,20 +154,23 @@ struct ApplyRows {
     for (int k = 0; k < K; ++k) pack[k] = load_pack<V>(from + k * step);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
+      const auto drop = dropped<Acc<T>, kAny, V, false>(p, group, segment * p.inner + i + k * step);
 #pragma unroll
-      for (int j = 0; j < V; ++j) pack[k].at[j] = narrow<T>(transform(widen(pack[k].at[j])));
+      for (int j = 0; j < V; ++j)
+        pack[k].at[j] = narrow<T>(drop(j, transform(widen(pack[k].at[j]))));
       store_any<V>(to + k * step, pack[k]);
     }
   }
 };
 
-template <class T>
+template <class T, bool kAny>
 struct MeasureRowsBackward {
   static constexpr int kPacks = kUnroll / 2;
   const StandardizeParameters& p;
   const T* x;
   const T* g;
-  Gradient<Acc<T>> gradient;
+  int64_t group;
+  Gradient<Acc<T>, kAny> gradient;
   Sums<Acc<T>> s;
 
   template <int V, int K>
@@ -178,25 +182,28 @@ struct MeasureRowsBackward {
       gs[k] = load_any<V>(g + segment * p.g_middle + i + k * step);
     }
 #pragma unroll
-    for (int k = 0; k < K; ++k)
+    for (int k = 0; k < K; ++k) {
+      const auto drop = dropped<Acc<T>, kAny, V, false>(p, group, segment * p.inner + i + k * step);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const Acc<T> value = widen(xs[k].at[j]);
-        const Acc<T> du = gradient.du(widen(gs[k].at[j]), value);
+        const Acc<T> du = gradient.du(drop(j, widen(gs[k].at[j])), value);
         const Acc<T> centred = gradient.forward.centred(value);
         s = {s.du + du, fused(du, centred, s.du_x), s.x + centred};
       }
+    }
   }
 };
 
-template <class T>
+template <class T, bool kAny>
 struct ApplyRowsBackward {
   static constexpr int kPacks = kUnroll / 2;
   const StandardizeParameters& p;
   const T* x;
   const T* g;
   T* y;
-  Gradient<Acc<T>> gradient;
+  int64_t group;
+  Gradient<Acc<T>, kAny> gradient;
 
   template <int V, int K>
   FUSED_MLP_DEVICE void visit(int64_t segment, int64_t i, int step) {
@@ -208,15 +215,16 @@ struct ApplyRowsBackward {
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
+      const auto drop = dropped<Acc<T>, kAny, V, false>(p, group, segment * p.inner + i + k * step);
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        xs[k].at[j] = narrow<T>(gradient(widen(gs[k].at[j]), widen(xs[k].at[j])));
+        xs[k].at[j] = narrow<T>(gradient(drop(j, widen(gs[k].at[j])), widen(xs[k].at[j])));
       store_any<V>(y + segment * p.y_middle + i + k * step, xs[k]);
     }
   }
 };
 
-template <class T>
+template <class T, bool kAny>
 FUSED_MLP_DEVICE void rows_forward(const StandardizeParameters& p) {
   using A = Acc<T>;
   const RowBlock<T> at(p);
@@ -234,21 +242,22 @@ FUSED_MLP_DEVICE void rows_forward(const StandardizeParameters& p) {
   } else if (!(p.flags & kGivenStatistics)) {
     m = at.template merge_partials<Moments<A>>(p);
   }
-  ApplyRows<T> apply = {p, x, static_cast<T*>(p.y) + at.group * p.y_outer,
-                        finish_forward<T>(p, at.group, origin, m, at.chunk == 0 && at.leads)};
+  ApplyRows<T, kAny> apply = {
+      p, x, static_cast<T*>(p.y) + at.group * p.y_outer, at.group,
+      finish_forward<T, kAny>(p, at.group, origin, m, at.chunk == 0 && at.leads)};
   at.walk(p, x, apply);
 }
 
-template <class T>
+template <class T, bool kAny>
 FUSED_MLP_DEVICE void rows_backward(const StandardizeParameters& p) {
   using A = Acc<T>;
   const RowBlock<T> at(p);
   const T* x = static_cast<const T*>(p.x) + at.group * p.x_outer;
   const T* g = static_cast<const T*>(p.g) + at.group * p.g_outer;
-  Gradient<A> gradient = {reload_forward<T>(p, at.group), A(0), A(0)};
+  Gradient<A, kAny> gradient = {reload_forward<T, kAny>(p, at.group), A(0), A(0)};
   Sums<A> s = {};
   if (p.phase & kMeasure) {
-    MeasureRowsBackward<T> measure = {p, x, g, gradient, {}};
+    MeasureRowsBackward<T, kAny> measure = {p, x, g, at.group, gradient, {}};
     at.walk(p, x, measure);
     s = at.merge_threads(measure.s);
     if (!(p.phase & kApply)) {
@@ -258,10 +267,11 @@ FUSED_MLP_DEVICE void rows_backward(const StandardizeParameters& p) {
   } else if (p.partials) {
     s = at.template merge_partials<Sums<A>>(p);
   }
-  gradient = finish_backward<T>(p, at.group, p.middle * p.inner, gradient.forward, s,
-                                at.chunk == 0 && at.leads);
+  gradient = finish_backward<T, kAny>(p, at.group, p.middle * p.inner, gradient.forward, s,
+                                      at.chunk == 0 && at.leads);
   if (!p.y) return;
-  ApplyRowsBackward<T> apply = {p, x, g, static_cast<T*>(p.y) + at.group * p.y_outer, gradient};
+  ApplyRowsBackward<T, kAny> apply = {
+      p, x, g, static_cast<T*>(p.y) + at.group * p.y_outer, at.group, gradient};
   at.walk(p, x, apply);
 }
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "common/activation.h"
 #include "launch.h"
 #include "standardize.h"
 
@@ -39,6 +40,12 @@ inline DType dtype_of(const Tensor& tensor) {
 
 inline ScalarType accumulator_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Activation activation_of(int64_t number, Activation last = Activation::kTanh) {
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(last),
+                  "fused_mlp: there is no activation of number ", number);
+  return static_cast<Activation>(number);
 }
 
 // Makes the tensor's device current, and says where and on what a launch goes.
@@ -173,9 +180,10 @@ struct Standardization {
 };
 
 // Chooses layout and output strides; copies inputs only where no layout serves them.
-// `reduced` has one entry for each dimension of x, which must not be empty.
+// `reduced` has one entry for each dimension of x, which must not be empty. With `ordered` the
+// elements of a group are numbered in their logical order, as dropout's mask needs it.
 Standardization standardization(const Tensor& x, const OptionalTensor& g,
-                                const std::vector<bool>& reduced);
+                                const std::vector<bool>& reduced, bool ordered = false);
 
 // Registers every op of this library with the dispatcher under a key.
 void register_ops(torch::stable::detail::StableLibrary& library);

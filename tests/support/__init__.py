@@ -7,9 +7,11 @@ from .accuracy import (
     check_case,
 )
 from .cases import (
+    ACTIVATIONS,
     DTYPES,
     EXAMPLES,
     Case,
+    act_case,
     batch_norm_case,
     example,
     linear_case,
@@ -21,18 +23,22 @@ from .cases import (
 from .environment import INTERPRETED, free_memory, needs_memory
 from .layouts import LAYOUTS, lay_out
 from .philox import keep_mask, philox4x32
+from .special import check_special_values
 
 __all__ = [
+    "ACTIVATIONS",
     "DTYPES",
     "EXAMPLES",
     "INTERPRETED",
     "LAYOUTS",
     "Case",
+    "act_case",
     "assert_as_accurate",
     "assert_same_differentiable_gradients",
     "assert_same_nonfinite",
     "batch_norm_case",
     "check_case",
+    "check_special_values",
     "example",
     "free_memory",
     "keep_mask",

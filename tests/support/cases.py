@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,18 @@ from .environment import INTERPRETED
 from .philox import keep_mask
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The activations of linear_act, with the options that change what a kernel does.
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "relu": {},
+    "leaky_relu": {"negative_slope": 0.2},
+    "leaky_relu, slope 0": {"negative_slope": 0.0},
+    "leaky_relu, slope below 0": {"negative_slope": -0.5},
+    "gelu": {},
+    "gelu, tanh": {"approximate": "tanh"},
+    "silu": {},
+    "tanh": {},
+}
 _SIZES = (0, 1, 2, 3, 7, 17, 33, 63, 64, 65, 100, 255, 256, 257, 300)
 _SIZES_INTERPRETED = (0, 1, 2, 3, 17, 33, 65, 130)
 
@@ -160,6 +173,11 @@ def linear_case(
         else {},
         roundings=1 + bool(p) + smooth,
     )
+
+
+def act_case(kind: str, *arguments: Any, **options: Any) -> Case:
+    """Return a case of linear_act with one of ACTIVATIONS; the rest as ``linear_case`` takes it."""
+    return linear_case(*arguments, activation=kind.split(",")[0], **ACTIVATIONS[kind], **options)
 
 
 def batch_norm_case(
