@@ -240,3 +240,18 @@ def test_what_cannot_run_says_why(two_processes):
     assert second[1].startswith("TypeError: batch_norm_leaky_relu(): process_group must be")
     assert "torch.func transforms and forward-mode AD do not reach" in first[2]
     assert "more than 1 value per channel when training" in first[3]
+
+
+def no_channels_alone(rank):
+    alone = distributed.new_group([0])
+    if rank:
+        return None
+    return functional.batch_norm_leaky_relu(
+        torch.ones(3, 0), None, None, training=True, process_group=alone
+    )
+
+
+def test_no_channels_need_no_second_value(two_processes):
+    """As in a batch norm without a group, and in a group of one, which asks as that does."""
+    output, _ = two_processes.run(no_channels_alone)
+    assert output.shape == (3, 0)
