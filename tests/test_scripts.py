@@ -125,3 +125,9 @@ def test_mutants_are_drawn_from_files_that_are_there() -> None:
         assert mutant.before != mutant.after
         for file in mutants.tests_for(mutant):
             assert (mutants.ROOT / file).is_file()
+
+
+def test_the_thread_sanitizers_tests_are_there() -> None:
+    sanitize = load("sanitize")
+    found = sanitize.tests_of(sanitize.ROOT, "thread")
+    assert {path.stem.removeprefix("test_") for path in found} == set(sanitize.THREADED)
