@@ -6,6 +6,7 @@
 
 #include "cpu/kernels/activation.h"
 #include "cpu/kernels/chunks.h"
+#include "cpu/kernels/few_rows.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/rows.h"
 #include "cpu/kernels/weight_grad.h"
@@ -177,9 +178,53 @@ void act_dropout_backward(const ActDropoutPassBackward& op) {
   copy_out(partial, room, 1, columns, static_cast<S*>(op.grad_bias), columns);
 }
 
+// ----------------------------------------------------------------------- a handful of rows
+
+bool reads_weight_once(const LinearAct& op) {
+  return is_single_or_double(op.dtype) && op.rows > 0 && op.rows <= kFewRows &&
+         op.weight_stride == op.in_features;
+}
+
+// Packing a weight for a few rows takes longer than they do: 1 x 512 x 512 took twice eager's time.
+// Sums run as in products of more rows, so a row gets the same bits.
+template <class T, int kRows>
+void few_rows_forward(const LinearAct& op) {
+  const int64_t in = op.in_features, out = op.out_features;
+  const int64_t stride = padded<T>(out), room = round_up(out, kPanel<T>);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(op.rows * stride) + Arena::bytes<T>(room) +
+                                   Arena::bytes<T>(norm_room<T>(op.norm, out)) +
+                                   Arena::bytes<uint8_t>(mask_room(op.rows, out)));
+  T* block = shared.take<T>(op.rows * stride);
+  T* bias = shared.take<T>(room);
+  copy_channels<T>({const_cast<void*>(op.bias), op.dtype}, out, room, 0, bias);
+  const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
+  // Reading a weight takes as long as the multiply-adds of four rows.
+  const int64_t unit = 2 * kPanel<T>, work = larger(1, (op.rows + 4) * in * unit);
+  parallel_for(ceil_div(out, unit), ceil_div(kThreadWork, work), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * unit;
+    few_rows_layer<T, kRows>(static_cast<const T*>(op.weight) + first * in, bias + first, in,
+                             smaller(out, end * unit) - first, op.rows,
+                             static_cast<const T*>(op.input), op.input_stride,
+                             [&](int64_t row, int64_t feature, int width, Vec<T> z) {
+                               store_up_to(block + row * stride + first + feature, z, width);
+                             });
+  });
+  if (op.seen) copy_out(block, stride, op.rows, out, static_cast<T*>(op.seen), out);
+  finish_act<T>(norm.get(), op.act, 0, op.rows, 0, out, block, stride, static_cast<T*>(op.output),
+                out, shared.take<uint8_t>(mask_room(op.rows, out)));
+}
+
 }  // namespace
 
 void linear_act(const LinearAct& op) {
+  if (reads_weight_once(op)) {
+    return dispatch_single_or_double(op.dtype, [&](auto element) {
+      using T = decltype(element);
+      if (op.rows <= 1) return few_rows_forward<T, 1>(op);
+      if (op.rows <= 2) return few_rows_forward<T, 2>(op);
+      few_rows_forward<T, 4>(op);
+    });
+  }
   if (is_single_or_double(op.dtype) && larger(op.in_features, op.out_features) > kCacheWidth) {
     linear_act_wide(op);
   } else {
