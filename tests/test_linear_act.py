@@ -54,6 +54,14 @@ def test_batch_shapes(device: torch.device, kind: str, p: float) -> None:
     check_case(act_case(kind, (5, 4), 0, p=p, device=device))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 30])
+@pytest.mark.parametrize("kind", ["relu", "gelu"])
+def test_no_features_of_a_wide_input(device: torch.device, kind: str, rows: int) -> None:
+    """Beyond the cache threads share the features, of which there may be none to divide by."""
+    check_case(act_case(kind, (rows, 300), 0, p=0.3, device=device))
+    check_case(act_case(kind, (rows, 0), 300, p=0.3, device=device))
+
+
 @pytest.mark.parametrize("kind", ["tanh", "silu", "none"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device: torch.device, kind: str, layout: str) -> None:

@@ -37,7 +37,8 @@ struct Parts {
 
   Parts(int64_t all, int64_t most, int64_t unit)
       : total(all),
-        size(larger(unit, round_up(ceil_div(all, larger(1, ceil_div(all, most))), unit))),
+        size(
+            larger(unit, round_up(ceil_div(all, larger(1, ceil_div(all, larger(1, most)))), unit))),
         count(ceil_div(all, size)) {}
   int64_t begin(int64_t part) const { return part * size; }
   int64_t length(int64_t part) const { return smaller(size, total - part * size); }
