@@ -30,8 +30,6 @@ from .tiles import has_matrix_units
 MAX_HIDDEN = 128
 MAX_EDGE = 1024
 RESIDENT_REGISTERS = 32  # of a thread, that may hold weights
-# "rest" of backward comes after "last", or does the work of both.
-LAUNCHES = ("evaluation", "forward", "last", "rest")
 # KiB of shared memory a block may have, where a chip has more than the 99 of the smallest.
 SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 PROGRAMS = 128  # parts of the rows to be merged; each costs every program of the next launch
@@ -78,7 +76,11 @@ def _pad(width, most):
 
 @functools.lru_cache(maxsize=256)
 def shape(rows, widths, dtype, precision, backend, capability, launch):
-    """Return how ``launch``, one of LAUNCHES, is cut over ``rows`` rows."""
+    """Return how a launch is cut over ``rows`` rows.
+
+    launch: "evaluation" or "forward"; in backward "last" for the last layer, and "rest", which
+        comes after it or does the work of both.
+    """
     backward = launch in ("last", "rest")
     two = len(widths) == 4
     block_f, block_h = _pad(widths[1], MAX_HIDDEN), _pad(widths[-2], MAX_HIDDEN)

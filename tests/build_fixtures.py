@@ -55,6 +55,20 @@ def write_sources(root: Path) -> Path:
     return root
 
 
+def loads_by_path(folder: Path) -> str:
+    """Python that loads the package ``_build`` in ``folder`` alone, as ``module``."""
+    return textwrap.dedent(
+        f"""
+        import importlib.util, sys
+        spec = importlib.util.spec_from_file_location(
+            "b", {str(folder / "__init__.py")!r}, submodule_search_locations=[{str(folder)!r}])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["b"] = module
+        spec.loader.exec_module(module)
+        """
+    )
+
+
 def load_copy(package: Path) -> ModuleType:
     """fused_mlp._build as a package lying at ``package`` sees itself."""
     name = f"_build_copy_{next(_names)}"

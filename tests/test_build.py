@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from build_fixtures import ROOT, csrc, executable, needs_compiler, needs_nm  # noqa: F401
+from build_fixtures import ROOT, csrc, executable, loads_by_path, needs_compiler, needs_nm  # noqa: F401
 
 from fused_mlp import _build
 from fused_mlp._build import plan, toolchain
@@ -185,23 +185,19 @@ def test_cuda_plan(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_torch_is_found_where_an_isolated_build_hides_it(tmp_path: Path) -> None:
     """pip's isolated build takes site-packages off sys.path."""
-    script = textwrap.dedent(
-        f"""
-        import importlib.util, sys
-        sys.path[:] = [entry for entry in sys.path if not entry.endswith("-packages")]
-        folder = {str(ROOT / "fused_mlp/_build")!r}
-        spec = importlib.util.spec_from_file_location(
-            "b", folder + "/__init__.py", submodule_search_locations=[folder])
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["b"] = module
-        spec.loader.exec_module(module)
+    hides = 'import sys\nsys.path[:] = [p for p in sys.path if not p.endswith("-packages")]\n'
+    asks = textwrap.dedent(
+        """
         assert importlib.util.find_spec("torch") is None
         assert "torch" not in sys.modules
         print(module.find_torch().path)
         """
     )
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", hides + loads_by_path(ROOT / "fused_mlp/_build") + asks],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     import torch

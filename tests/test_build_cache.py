@@ -7,12 +7,11 @@ import re
 import stat
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from build_fixtures import counting_compiler, installed, needs_compiler  # noqa: F401
+from build_fixtures import counting_compiler, installed, loads_by_path, needs_compiler  # noqa: F401
 
 from fused_mlp import _build
 
@@ -169,20 +168,8 @@ def test_processes_that_start_together_build_once(
 ) -> None:
     compiled = counting_compiler(tmp_path, monkeypatch)
     script = tmp_path / "use.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import importlib.util, sys
-            folder = {str(tmp_path / "site/fused_mlp/_build")!r}
-            spec = importlib.util.spec_from_file_location(
-                "b", folder + "/__init__.py", submodule_search_locations=[folder])
-            module = importlib.util.module_from_spec(spec)
-            sys.modules["b"] = module
-            spec.loader.exec_module(module)
-            print(module.library_path("cpu"))
-            """
-        )
-    )
+    loads = loads_by_path(tmp_path / "site/fused_mlp/_build")
+    script.write_text(loads + 'print(module.library_path("cpu"))\n')
     running = [
         subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
         for _ in range(3)

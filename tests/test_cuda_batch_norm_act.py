@@ -9,6 +9,7 @@ import torch
 from cuda_fixtures import CPU, cuda_library, each_gpu, gpu, simulate  # noqa: F401
 from cuda_simulator import Simulator
 from support import DTYPES, assert_same_nonfinite, batch_norm_case, check_case, lay_out
+from support.traffic import assert_standardization_traffic
 
 from fused_mlp import activations
 
@@ -165,15 +166,7 @@ def test_traffic(
         KERNELS.batch_norm_act_backward(g, x, w, w, mean, rstd, True, *options, [True] * 3)
     size, statistics = x.numel() * x.element_size(), 2 * mean.numel() * 4
     stats = [record.stats for record in simulator.records]
-    forward, backward = stats[:launches], stats[launches:]
-    assert len(backward) == launches
-    assert sum(s.dram_read_bytes for s in forward) <= 1.05 * launches * size
-    assert sum(s.dram_write_bytes for s in forward) <= 1.05 * (size + statistics)
-    assert sum(s.dram_read_bytes for s in backward) <= 1.05 * launches * (2 * size + statistics)
-    assert sum(s.dram_write_bytes for s in backward) <= 1.05 * size
-    for s in stats:
-        assert s.atomics == 0
-        assert s.shared_wavefronts <= 1.1 * s.shared_ideal_wavefronts
+    assert_standardization_traffic(stats, launches, size, statistics)
 
 
 def test_refuses_an_unknown_activation(gpu: Simulator) -> None:

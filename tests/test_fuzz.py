@@ -80,31 +80,28 @@ def test_normalize(device, shape, correction, eps, offset, dtype, data) -> None:
             assert_as_accurate(case.fused(x), case.plain(x), case.exact(x.double()))
 
 
-@given(
-    batch=st.lists(sizes, max_size=4).filter(lambda b: math.prod(max(n, 1) for n in b) <= 300),
-    in_features=sizes,
-    out_features=sizes,
-    bias=st.booleans(),
-    p=st.sampled_from((0.0, 0.3, 1.0)),
-    dtype=dtypes,
-    data=st.data(),
-)
+LINEAR = {
+    "batch": st.lists(sizes, max_size=4).filter(lambda b: math.prod(max(n, 1) for n in b) <= 300),
+    "in_features": sizes,
+    "out_features": sizes,
+    "bias": st.booleans(),
+    "p": st.sampled_from((0.0, 0.3, 1.0)),
+    "dtype": dtypes,
+    "data": st.data(),
+}
+
+
+@given(**LINEAR)
 def test_linear_relu(device, batch, in_features, out_features, bias, p, dtype, data) -> None:
     case = linear_case((*batch, in_features), out_features, bias, p, dtype=dtype, device=device)
     check_case(case, laid_out(case, data))
 
 
 @given(
-    batch=st.lists(sizes, max_size=4).filter(lambda b: math.prod(max(n, 1) for n in b) <= 300),
-    in_features=sizes,
-    out_features=sizes,
-    bias=st.booleans(),
-    p=st.sampled_from((0.0, 0.3, 1.0)),
+    **LINEAR,
     activation=st.sampled_from(("none", "leaky_relu", "gelu", "silu", "tanh")),
     approximate=st.sampled_from(("none", "tanh")),
     negative_slope=st.sampled_from((0.01, 0.0, 1.0, -0.5)),
-    dtype=dtypes,
-    data=st.data(),
 )
 def test_linear_act(device, batch, in_features, out_features, bias, p, dtype, data, **options):
     if options["activation"] != "gelu":
