@@ -2,6 +2,7 @@
 // or the backward gate on the way in, and the same ends alone for use around a library's products.
 // Each is there twice, with ReLU alone behind the product and with whatever there is: linear_relu's
 // keep their registers that way.
+#include "arithmetics.cuh"
 #include "gemm.cuh"
 
 namespace fused_mlp::cuda::gemm {
@@ -13,16 +14,6 @@ FUSED_MLP_DEVICE void run(const GemmParameters& p) {
 }
 }  // namespace fused_mlp::cuda::gemm
 
-// As in network.cu: empty on chips that another math serves.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define FUSED_MLP_ON_NEW(...) __VA_ARGS__
-#define FUSED_MLP_ON_OLD(...)
-#else
-#define FUSED_MLP_ON_NEW(...)
-#define FUSED_MLP_ON_OLD(...) __VA_ARGS__
-#endif
-#define FUSED_MLP_ON_ALL(...) __VA_ARGS__
-
 #define FUSED_MLP_GEMM_KERNEL(name, known, on, ...)                         \
   extern "C" __global__ void __launch_bounds__(256, 2)                      \
       name(const __grid_constant__ fused_mlp::cuda::GemmParameters p) {     \
@@ -32,13 +23,7 @@ FUSED_MLP_DEVICE void run(const GemmParameters& p) {
   FUSED_MLP_GEMM_KERNEL(fused_mlp_gemm_##suffix, OnlyReLU, on, __VA_ARGS__) \
   FUSED_MLP_GEMM_KERNEL(fused_mlp_gemm_act_##suffix, AnyActivation, on, __VA_ARGS__)
 
-FUSED_MLP_GEMM_KERNELS(f32, FUSED_MLP_ON_ALL, fused_mlp::cuda::Fma<float, float>)
-FUSED_MLP_GEMM_KERNELS(f64, FUSED_MLP_ON_ALL, fused_mlp::cuda::Fma<double, double>)
-FUSED_MLP_GEMM_KERNELS(tf32, FUSED_MLP_ON_NEW, fused_mlp::cuda::Tf32)
-FUSED_MLP_GEMM_KERNELS(bf16, FUSED_MLP_ON_NEW, fused_mlp::cuda::Mma16<__nv_bfloat16>)
-FUSED_MLP_GEMM_KERNELS(f16, FUSED_MLP_ON_NEW, fused_mlp::cuda::Mma16<__half>)
-FUSED_MLP_GEMM_KERNELS(bf16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__nv_bfloat16, float>)
-FUSED_MLP_GEMM_KERNELS(f16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__half, float>)
+FUSED_MLP_EACH_ARITHMETIC(FUSED_MLP_GEMM_KERNELS)
 
 #define FUSED_MLP_ELEMENT_KERNEL(name, known, T)                           \
   extern "C" __global__ void __launch_bounds__(256)                        \

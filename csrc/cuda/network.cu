@@ -6,6 +6,7 @@
 // partial results that the next launch merges in the order of blocks.
 #include <algorithm>
 
+#include "arithmetics.cuh"
 #include "network.cuh"
 
 namespace fused_mlp::cuda::net {
@@ -42,17 +43,6 @@ FUSED_MLP_DEVICE void reduce_block(const NetReduceParameters& p) {
 }
 }  // namespace fused_mlp::cuda::net
 
-// A kernel is compiled for the chips that run it: those with tensor cores for its type, or those
-// without. Elsewhere it is empty and never launched (see choose_math).
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define FUSED_MLP_ON_NEW(...) __VA_ARGS__
-#define FUSED_MLP_ON_OLD(...)
-#else
-#define FUSED_MLP_ON_NEW(...)
-#define FUSED_MLP_ON_OLD(...) __VA_ARGS__
-#endif
-#define FUSED_MLP_ON_ALL(...) __VA_ARGS__
-
 #define FUSED_MLP_NET_KERNELS(suffix, on, ...)                                                    \
   extern "C" __global__ void __launch_bounds__(256, 1)                                            \
       fused_mlp_net_forward_##suffix(const __grid_constant__ fused_mlp::cuda::NetParameters p) {  \
@@ -63,13 +53,7 @@ FUSED_MLP_DEVICE void reduce_block(const NetReduceParameters& p) {
     on(fused_mlp::cuda::net::backward_block<__VA_ARGS__>(p));                                     \
   }
 
-FUSED_MLP_NET_KERNELS(f32, FUSED_MLP_ON_ALL, fused_mlp::cuda::Fma<float, float>)
-FUSED_MLP_NET_KERNELS(f64, FUSED_MLP_ON_ALL, fused_mlp::cuda::Fma<double, double>)
-FUSED_MLP_NET_KERNELS(tf32, FUSED_MLP_ON_NEW, fused_mlp::cuda::Tf32)
-FUSED_MLP_NET_KERNELS(bf16, FUSED_MLP_ON_NEW, fused_mlp::cuda::Mma16<__nv_bfloat16>)
-FUSED_MLP_NET_KERNELS(f16, FUSED_MLP_ON_NEW, fused_mlp::cuda::Mma16<__half>)
-FUSED_MLP_NET_KERNELS(bf16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__nv_bfloat16, float>)
-FUSED_MLP_NET_KERNELS(f16_fma, FUSED_MLP_ON_OLD, fused_mlp::cuda::Fma<__half, float>)
+FUSED_MLP_EACH_ARITHMETIC(FUSED_MLP_NET_KERNELS)
 
 #define FUSED_MLP_NET_REDUCE(suffix, T)                                            \
   extern "C" __global__ void __launch_bounds__(256) fused_mlp_net_reduce_##suffix( \
