@@ -17,11 +17,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_TIMEOUT = 120  # seconds; on a busy machine the two may start far apart
+# Seconds that an answer may take while this process runs too. Compiling a network takes two of them
+# 70 s beside other work on two cores.
+_PATIENCE = 240
+_GROUP_TIMEOUT = timedelta(hours=1)  # of the group itself, which also counts while all are stopped
 
 
 class Processes:
-    """A process group of gloo processes.
+    """A process group of gloo processes; after one of them failed to answer, new ones.
 
     Args:
         count: how many.
@@ -29,28 +32,25 @@ class Processes:
     """
 
     def __init__(self, count: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for rank in range(count):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=_work, args=(there, rank, count, str(folder / "store")), daemon=True
-            )
-            process.start()
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
+        self._count, self._folder = count, folder
+        self._pipes: list[Connection] = []
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._starts = 0
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Return what ``function(rank, *arguments)`` returns in each process."""
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((function, arguments)))
         results, errors = [], []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(_TIMEOUT):
+            answer = _receive(pipe)
+            if isinstance(answer, str):
+                errors.append(f"process {rank} {answer}")
                 self.stop()
-                raise TimeoutError(f"process {rank} did not answer in {_TIMEOUT} s")
-            good, result = pickle.loads(pipe.recv_bytes())
+                break
+            good, result = answer
             (results if good else errors).append(result if good else f"process {rank}: {result}")
         assert not errors, "\n".join(errors)
         return results
@@ -62,6 +62,35 @@ class Processes:
         for process in self._processes:  # they hold nothing that their exit would save
             process.kill()
             process.join()
+        self._pipes, self._processes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = str(self._folder / f"store{self._starts}")
+        self._starts += 1
+        for rank in range(self._count):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_work, args=(there, rank, self._count, store), daemon=True
+            )
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+
+def _receive(pipe: Connection) -> tuple[bool, Any] | str:
+    """Return a process's answer, or what became of it."""
+    # A second at a time: a machine that sleeps, or a container that is frozen, stops both sides,
+    # and one long wait would be over when it wakes.
+    for _ in range(_PATIENCE):
+        if pipe.poll(1):
+            try:
+                answer: tuple[bool, Any] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                return "died"
+            return answer
+    return f"did not answer in {_PATIENCE} s"
 
 
 def _work(pipe: Connection, rank: int, count: int, store: str) -> None:
@@ -76,7 +105,7 @@ def _work(pipe: Connection, rank: int, count: int, store: str) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=count,
-        timeout=timedelta(seconds=_TIMEOUT),
+        timeout=_GROUP_TIMEOUT,
     )
     while True:
         try:
