@@ -230,11 +230,18 @@ def test_subclasses_and_parametrized_layers_run_as_themselves(device):
         assert_same_step(eager, FusedSequential(*copy.deepcopy(eager)), rows(device))
 
 
-@pytest.mark.parametrize(("count", "ran"), [(128, True), (129, False)])
-def test_large_bfloat16_products_are_left_to_torch_where_it_is_faster(monkeypatch, count, ran):
+@pytest.mark.parametrize(
+    ("width", "count", "dropout", "ran"),
+    [(128, 128, 0, True), (128, 129, 0, False), (128, 129, 0.5, True), (64, 1024, 0, True),
+     (64, 1025, 0, False)],
+)  # fmt: skip
+def test_large_bfloat16_products_are_left_to_torch_where_it_is_faster(
+    monkeypatch, width, count, dropout, ran
+):
     monkeypatch.setattr(attempt, "_has_bfloat16_products", lambda: True)
-    _, fused = pair([nn.Linear(128, 128), nn.Tanh()])
-    assert bool(kernels_run(lambda: fused.bfloat16()(torch.randn(count, 128).bfloat16()))) == ran
+    _, fused = pair([nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout)])
+    input = torch.randn(count, width).bfloat16()
+    assert bool(kernels_run(lambda: fused.bfloat16()(input))) == ran
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
