@@ -1,30 +1,33 @@
-"""What torch.compile adds to a fused step, and how much of that it adds to any step.
+"""What torch.compile adds to a fused step, and how much of that is the fused graph's own.
 
-A compiled call checks guards and goes through AOTAutograd's runtime whatever its graph holds. That
-share is measured by compiling the same network with its graphs emptied: the same parameters, no
-kernel. Inductor's code then asserts the sizes of every input and result. And a graph calls the op
-itself, which packs the weights anew, where the module has them packed and a shorter way to the
-kernels. What compiling adds should be no more than these three.
+A compiled call checks guards and goes through the runtimes of AOTAutograd and Inductor whatever its
+graph holds. That share is measured by compiling the same network and then putting what the module
+itself calls, its prepared network, in the place of the graphs' code. Inductor's code further
+asserts the sizes of every input and result. What is left: the graph draws the dropout's seed by an
+op of its own, and calls ops that take all tensors anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fused_mlp import FusedResearchNet, functional
+from fused_mlp import FusedResearchNet
 
 from . import tables
 from .cases import REFERENCE
-from .overhead import _empty_node
 from .timing import SMOKE, Budget, interleave, spread
 
 _BATCH = 32
+_KERNELS = torch.ops.fused_mlp_kernels
 _NO_ASSERTS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 
 
@@ -35,7 +38,7 @@ def measure(device: torch.device, smoke: bool = False) -> list[dict[str, Any]]:
     """
     if device.type != "cpu":
         return []
-    budget = SMOKE if smoke else Budget(seconds=6.0, rounds=(11, 301))
+    budget = SMOKE if smoke else Budget(seconds=3.0, rounds=(11, 301))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -45,60 +48,57 @@ def measure(device: torch.device, smoke: bool = False) -> list[dict[str, Any]]:
 
 
 def _measure(batch: int, training: bool, budget: Budget) -> dict[str, Any]:
-    from torch._dynamo.backends.common import aot_autograd
-
     first, *hidden, last = REFERENCE
     x, grad = torch.randn(batch, first), torch.randn(batch, last)
-    torch.compiler.reset()
     fused = FusedResearchNet(first, hidden, last).train(training)
-    compiled = copy.deepcopy(fused)
-    unchecked, empty, plain = (copy.deepcopy(fused) for _ in range(3))
-    no_graph = aot_autograd(fw_compiler=_emptied, bw_compiler=_emptied, inference_compiler=_emptied)
-    steps = {
-        "fused": _step(fused, fused, x, grad, training),
-        "op": _step(_op(plain), plain, x, grad, training),
-        "compiled": _step(torch.compile(compiled, fullgraph=True), compiled, x, grad, training),
-        "unchecked": _step(
-            torch.compile(unchecked, fullgraph=True, options=_NO_ASSERTS),
-            unchecked,
-            x,
-            grad,
-            training,
-        ),
-        "emptied": _step(
-            torch.compile(empty, fullgraph=True, backend=no_graph), empty, x, grad, training
-        ),
-    }
-    if training:  # the engine's share, which is no cost of compiling
-        steps["node"] = _empty_node(fused.parameters(), grad)
-    samples = interleave(steps, budget)
-    us = {name: spread(taken.seconds).median * 1e6 for name, taken in samples.items()}
+    plain: list[float] = []
+
+    def added(**options: Any) -> float:
+        net = copy.deepcopy(fused)
+        if options.get("backend") is _prepared_inside:
+            options["backend"] = functools.partial(_prepared_inside, _prepare(net))
+        torch.compiler.reset()  # a call looks through all that was compiled for its code
+        steps = {
+            "fused": _step(fused, fused, x, grad, training),
+            "compiled": _step(
+                torch.compile(net, fullgraph=True, **options), net, x, grad, training
+            ),
+        }
+        with _compiled_and_settled(steps.values()):
+            samples = interleave(steps, budget)
+        us = {name: spread(taken.seconds).median * 1e6 for name, taken in samples.items()}
+        plain.append(us["fused"])
+        return us["compiled"] - us["fused"]
+
+    compiled, unchecked = added(), added(options=_NO_ASSERTS)
+    bare = added(backend=_prepared_inside)
     return {
         "mode": "train" if training else "eval",
-        "fused µs": round(us["fused"], 1),
-        "compiled µs": round(us["compiled"], 1),
-        "compiling adds µs": round(us["compiled"] - us["fused"], 1),
-        "guards and AOTAutograd µs": round(us["emptied"] - us.get("node", 0.0), 1),
-        "size assertions µs": round(us["compiled"] - us["unchecked"], 1),
-        "op in place of module µs": round(us["op"] - us["fused"], 1),
+        "fused µs": round(plain[0], 1),
+        "compiled µs": round(plain[0] + compiled, 1),
+        "compiling adds µs": round(compiled, 1),
+        "guards and runtimes µs": round(bare, 1),
+        "size assertions µs": round(compiled - unchecked, 1),
+        "ops in place of module µs": round(unchecked - bare, 1),
     }
 
 
-def _op(net: FusedResearchNet) -> Callable[[Tensor], Tensor]:
-    """Return the network as a call of its op, as a compiled graph makes it."""
-    layers: list[Any] = list(net.research_layers)
-    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    norm = next(layer for layer in layers if isinstance(layer, nn.BatchNorm1d))
-    weights, biases = [layer.weight for layer in linear], [layer.bias for layer in linear]
-    dropout_p = [layer.p for layer in layers if isinstance(layer, nn.Dropout)]
+@contextmanager
+def _compiled_and_settled(steps: Any) -> Iterator[None]:
+    """Compile, then keep the collector from the many objects that compiling leaves.
 
-    def call(x: Tensor) -> Tensor:
-        return functional.research_net(
-            x, weights, biases, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-            net.training, dropout_p,
-        )  # fmt: skip
-
-    return call
+    It would walk them every few hundred steps: 7 µs a step, whatever was compiled.
+    """
+    for step in steps:
+        step()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _step(
@@ -118,23 +118,93 @@ def _step(
     return train if training else evaluate
 
 
-def _emptied(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Compile a graph to nothing: it hands out the same tensors of the right shapes each time."""
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    values = [None if node is None else node.meta["val"] for node in output.args[0]]
-    shapes = [(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in values]
-    made: list[Any] = []
+def _prepare(net: FusedResearchNet) -> Tensor:
+    """Return the network's tensors and options as its module hands them to the CPU library."""
+    layers: list[Any] = list(net.research_layers)
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    norm = next(layer for layer in layers if isinstance(layer, nn.BatchNorm1d))
+    slope = next(layer.negative_slope for layer in layers if isinstance(layer, nn.LeakyReLU))
+    dropout_p = [layer.p * layer.training for layer in layers if isinstance(layer, nn.Dropout)]
+    prepared: Tensor = _KERNELS.research_net_prepare(
+        [layer.weight for layer in linear], [layer.bias for layer in linear], norm.weight,
+        norm.bias, norm.running_mean, norm.running_var,
+        norm.num_batches_tracked if net.training else None, net.training, dropout_p, norm.momentum,
+        norm.eps, slope,
+    )  # fmt: skip
+    return prepared
+
+
+def _prepared_inside(prepared: Tensor, graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Compile as Inductor does, but to code that calls the prepared network."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def inner(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        code = _code(graph, prepared)
+        compiled: Any = compile_fx_inner(graph, inputs, **options)
+        compiled.current_callable = code
+        return compiled
+
+    with (
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        torch._inductor.config.patch(fx_graph_cache=False),
+    ):
+        return compile_fx(graph, inputs, inner, dict(_NO_ASSERTS))
+
+
+def _code(graph: fx.GraphModule, prepared: Tensor) -> Callable[[list[Any]], list[Any]]:
+    """Return what takes and gives what a graph with one of our ops does."""
+    *nodes, output = graph.graph.nodes
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    name, ours, given = next(filter(None, map(_ours, nodes)))
+    call: Callable[..., Any]
+    if name.endswith("_backward"):
+        call, wanted = (
+            _KERNELS.research_net_prepared_backward.default,
+            ("grad_output", "input", "saved"),
+        )
+        behind = (prepared, given["output_mask"])
+    elif given["training"]:
+        call, wanted, behind = _KERNELS.research_net_prepared.default, ("input",), (prepared,)
+    else:
+        call, wanted, behind = _evaluate, ("input",), (prepared,)
+    taken = [inputs.index(given[argument]) for argument in wanted]
+
+    def place(node: Any) -> int:
+        """Where a value of the graph stands among the inputs, the results and two more."""
+        if node is None:
+            return -1
+        if node.op == "placeholder":
+            return inputs.index(node)
+        if node.args[0] is not ours:  # the dropout's seed, which the prepared network draws itself
+            return -2
+        return len(inputs) + int(node.args[1])
+
+    places = [place(node) for node in output.args[0]]
+    seed = torch.zeros(2, dtype=torch.int64)
 
     def run(arguments: list[Any]) -> list[Any]:
-        if not made:  # not while torch traces, where they would be fake
-            made.extend(
-                torch.zeros(s[0], dtype=s[1]) if isinstance(s, tuple) else s for s in shapes
-            )
+        found = call(*[arguments[i] for i in taken], *behind)
+        everything = [*arguments, *found, seed, None]
         arguments.clear()
-        return list(made)
+        return [everything[i] for i in places]
 
-    run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def _ours(node: fx.Node) -> tuple[str, fx.Node, dict[str, Any]] | None:
+    """Return the name, the node and the arguments where it calls one of our ops."""
+    op: Any = node.target
+    if node.op == "call_function" and node.args and isinstance(node.args[0], torch._ops.OpOverload):
+        op = node.args[0]  # inside the node that says what the op writes
+        return op._opname, node, dict(node.kwargs)
+    if getattr(op, "namespace", None) != _KERNELS.name:
+        return None
+    names = [argument.name for argument in op._schema.arguments]
+    return op._opname, node, dict(zip(names, node.args, strict=False))
+
+
+def _evaluate(input: Tensor, prepared: Tensor) -> tuple[Tensor]:
+    return (_KERNELS.research_net_evaluate.default(input, prepared),)
 
 
 def main(arguments: Sequence[str]) -> int:

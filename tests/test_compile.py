@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+import torch.utils.checkpoint
 from support.drop_in import KINDS, drop_in, rows
 from support.networks import assert_same_step
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -125,6 +127,36 @@ def test_compiled_dropout_draws_the_masks_of_the_module(kind, device):
         outputs.append([net(rows(device=device)) for _ in range(3)])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
     assert not torch.equal(outputs[1][0], outputs[1][1])
+
+
+@pytest.mark.parametrize("in_evaluation", [False, True])
+def test_compiled_dropout_follows_the_module_through_a_whole_step(device, in_evaluation):
+    """Also where the batch norm evaluates while dropout trains, as in fine-tuning."""
+    _, fused = pair_in("FusedResearchNet", "train", device, dropout=0.5)
+    fused.research_layers[-3].train(not in_evaluation)
+    results = []
+    for net in (copy.deepcopy(fused), torch.compile(copy.deepcopy(fused), fullgraph=True)):
+        torch.manual_seed(11)
+        x = rows(device=device).requires_grad_()
+        net(x).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoint_inside_a_graph_repeats_the_dropout_mask(device):
+    _, fused = pair_in("FusedResearchNet", "train", device, dropout=0.5)
+
+    def step(x, keep):
+        run = functools.partial(torch.utils.checkpoint.checkpoint, fused, use_reentrant=False)
+        return (fused if keep else run)(x).square().sum()
+
+    gradients = []
+    for keep in (True, False):
+        torch.manual_seed(11)
+        x = rows(device=device).requires_grad_()
+        torch.compile(step, fullgraph=True)(x, keep).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @kinds
