@@ -67,8 +67,12 @@ def normalize(
     mean, centred = _centre(x, dims, keepdim)
     # torch.var with the dims and a correction above the count gives inf; clamp as torch.std does.
     freedom = max(_count(input, dim) - correction, 0.0)
-    squares = centred.square().sum(dims, keepdim=keepdim) if dims else centred.square()
-    std = (squares / freedom).sqrt() if freedom else (squares / torch.zeros_like(squares)).sqrt()
+    if dims and freedom:
+        # By Welford's formula: over outer dimensions a sum of squares adds up one rounding a term.
+        std = centred.std(dims, correction=correction, keepdim=keepdim)
+    else:
+        squares = centred.square().sum(dims, keepdim=keepdim) if dims else centred.square()
+        std = (squares / torch.full_like(squares, freedom)).sqrt()
     return (centred / (std + eps)).to(input.dtype), mean, std
 
 

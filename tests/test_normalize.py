@@ -70,6 +70,11 @@ def test_dimensions(device: torch.device, shape: tuple[int, ...], dim) -> None:
     check_case(normalize_case(shape, dim, device=device))
 
 
+def test_all_but_an_inner_dimension(device: torch.device) -> None:
+    """Torch adds up so many outer dimensions term by term, and each term rounds the sum."""
+    check_case(normalize_case((7, 9, 12, 2, 5), (0, 1, 4, 2), 0.0, device=device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", odd_sizes())
 def test_columns(device: torch.device, dtype: torch.dtype, size: int) -> None:
