@@ -231,6 +231,26 @@ def test_strided_statistics(device: torch.device) -> None:
     torch.testing.assert_close(ours, F.leaky_relu(F.batch_norm(x, mean, var, weight, bias)))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("rows", [6, 700])
+@pytest.mark.parametrize("shared", ["with input", "with each other"])
+def test_statistics_in_shared_memory(
+    device: torch.device, shared: str, rows: int, training: bool
+) -> None:
+    """As torch: they are written when the batch was measured and before it is normalized."""
+    if device.type != "cpu":
+        pytest.skip("programs on a GPU read and write side by side, torch's as well")
+    results = []
+    for function in (F.batch_norm, batch_norm_leaky_relu):
+        x = torch.rand(rows, 33, generator=torch.Generator().manual_seed(1)) + 0.5
+        mean, var = (x[0], x[1]) if shared == "with input" else (x[0].clone(),) * 2
+        slope = {} if function is F.batch_norm else {"negative_slope": 1.0}
+        output = function(x, mean, var, training=training, **slope)
+        results.append((output, x, mean, var))
+    for ours, torchs in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
+
+
 def test_evaluation_leaves_the_buffers(device: torch.device) -> None:
     x, mean, var = torch.randn(3, 6, 4, device=device).unbind()
     var, mean = var[0].abs(), mean[0]
