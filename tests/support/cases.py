@@ -168,9 +168,7 @@ def linear_case(
         reference,
         sure=None if smooth else sure,
         # The sum of a few columns may cancel to nothing.
-        scales={"bias": "weight"}
-        if bias and smooth and 0 < out_features < 8 and in_features
-        else {},
+        scales={"bias": "weight"} if bias and 0 < out_features < 8 and in_features else {},
         roundings=1 + bool(p) + smooth,
     )
 
