@@ -183,8 +183,8 @@ def linear_act_backward(
     if known.kept != activations.NOTHING:
         if kept is None:
             raise RuntimeError("linear_act_backward(): this activation needs what forward kept")
-        if activation == activations.TANH and seed is not None and 0 < dropout_p < 1:
-            kept = (kept.to(accumulate_dtype(kept.dtype)) / _scale(dropout_p)).to(kept.dtype)
+        if activation == activations.TANH and seed is not None and dropout_p > 0:
+            kept = torch.tanh(kept)
         grad = known.gradient(grad, kept, negative_slope)
     return _linear_gradients(grad, input, weight, output_mask)
 

@@ -61,8 +61,7 @@ def gate(dy, kept, seed_ptr, m, column0, threshold, scale, slope, ACTIVATION: tl
             column0 = tl.cast(column0, tl.int32)
             g = dropout(g, seed_ptr, m, column0, 0, threshold, scale, dy.shape[1])
             if ACTIVATION == TANH:
-                # Dropout scaled the output, by 0 where it drops everything.
-                kept = kept / tl.where(scale > 0, scale, 1.0)
+                kept = activate(kept, slope, ACTIVATION)
         return activation_gradient(g, kept, slope, ACTIVATION)
 
 

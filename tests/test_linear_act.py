@@ -124,6 +124,16 @@ def test_zero_gradient_where_dropped(device: torch.device, kind: str) -> None:
         assert (result == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tanh_behind_dropout_in_half_precision(device: torch.device, dtype: torch.dtype) -> None:
+    """Scaled and rounded, an output near 1 has too few digits left for 1 - tanh²."""
+    case = act_case("tanh", (4, 9), 3, bias=False, p=0.3, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(338)
+    for tensor in case.tensors.values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    check_case(case)
+
+
 def test_linear_relu_is_the_special_case(device: torch.device) -> None:
     tensors = list(linear_case((33, 20), 17, device=device).tensors.values())
     assert torch.equal(linear_act(*tensors, "relu"), linear_relu(*tensors))

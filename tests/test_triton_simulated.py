@@ -226,7 +226,7 @@ def test_linear_act(cc: int, activation: int) -> None:
     torch.set_float32_matmul_precision("highest")
     x, weight, bias, g = (torch.randn(s) for s in ((70, 10), (21, 10), (21,), (70, 21)))
     behind = activation, 0.0, 0.3, torch.tensor(SEED)
-    keep = activations.kept(activation, 0.0) == activations.INPUT
+    keep = activations.kept(activation, *behind[1:3]) == activations.INPUT
 
     def run(module: object, cast: Callable[[object], object]) -> list[Tensor]:
         arguments = [cast(t) for t in (x, weight, bias)]

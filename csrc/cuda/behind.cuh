@@ -58,6 +58,7 @@ struct GatedMatrix {
   A scale;
   Mask mask;
   int64_t row0, column0;
+  bool kept_input;
 
   FUSED_MLP_DEVICE GatedMatrix(const F& f, const Behind& behind, const T* g, int64_t g_stride,
                                const T* seen, int64_t stride, int64_t row, int64_t column)
@@ -67,12 +68,13 @@ struct GatedMatrix {
         scale(static_cast<A>(behind.scale)),
         mask{behind.seed, kMasks ? behind.threshold : 0},
         row0(row),
-        column0(column) {}
+        column0(column),
+        kept_input(behind.kept_input != 0) {}
 
   FUSED_MLP_DEVICE T gate(T g, T seen, bool keep) const {
     A from = widen(seen);
-    if constexpr (F::kKind == Activation::kTanh)  // which lies in memory after its dropout
-      if (scale > A(1)) from /= scale;
+    if constexpr (F::kKind == Activation::kTanh)
+      if (kept_input) from = act.value(from);
     const A behind = widen(g) * (keep ? scale : A(0));
     // What ReLU selects is rounded already: rounded afterwards, the bfloat16 kernel of linear_relu
     // takes 88 registers in place of 79 on sm_80, and two blocks in place of three.

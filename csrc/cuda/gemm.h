@@ -41,7 +41,7 @@ struct Behind {
   const int64_t* seed;  // or null
   double scale, slope;
   uint32_t threshold;
-  int32_t padding;
+  int32_t kept_input;  // not 0 where a tanh, with dropout behind it, keeps what it saw
   Activation activation;
 };
 

@@ -51,6 +51,7 @@ Behind behind(Activation activation, double negative_slope, double dropout_p,
   b.slope = negative_slope;
   b.scale = scale_of(probability);
   b.threshold = philox::threshold(probability);
+  b.kept_input = activation == Activation::kTanh && probability > 0;
   b.seed = b.threshold ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr;
   return b;
 }

@@ -45,7 +45,7 @@ class LinearActFunction(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         activation, negative_slope, dropout_p, seed = call
-        needed = activations.kept(activation, negative_slope)
+        needed = activations.kept(activation, negative_slope, dropout_p)
         outputs = _forward(
             input, weight, bias, activation, negative_slope, dropout_p, seed,
             needed == activations.INPUT,

@@ -60,8 +60,6 @@ void gate(const ActDropout& act, int64_t row, int64_t rows, int64_t columns, con
   const bool drop = act.masks_gradient();
   const T scale = static_cast<T>(act.dropout.active() ? act.dropout.scale() : 1);
   const Vec<T> passes = splat(scale);
-  // The output of tanh lies in memory after its dropout.
-  const T undo = act.activation == Activation::kTanh && scale > 0 ? scale : T(1);
   if (drop) draw_mask(act.dropout, row, rows, 0, columns, mask);
   dispatch_act<T>(act, [&](const auto& f) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -72,7 +70,7 @@ void gate(const ActDropout& act, int64_t row, int64_t rows, int64_t columns, con
         grad *= drop ? select<T>(mask_lanes<T>(bits, c), passes, Vec<T>{}) : passes;
         Vec<T> seen = {};
         if (kept) seen = load_up_to(kept + i, width);
-        if (drop && undo != 1) seen /= undo;
+        if (drop && act.activation == Activation::kTanh) seen = f.value(seen);
         store_raw(to + r * stride + c, f.gradient(grad, seen));
       });
     }

@@ -36,10 +36,6 @@ struct ActDropout {
 
   // ReLU's gradient needs no mask: its output is 0 where an element was dropped.
   bool masks_gradient() const { return dropout.active() && activation != Activation::kReLU; }
-  // Without an exponential.
-  bool derives_cheaply() const {
-    return activation < Activation::kGELU || activation == Activation::kTanh;
-  }
 };
 
 // A batch norm in evaluation between a product and its activation; none without statistics.
