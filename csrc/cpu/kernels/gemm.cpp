@@ -1,20 +1,30 @@
 #include "cpu/kernels/gemm.h"
 
+#include "cpu/kernels/chunks.h"
 #include "cpu/kernels/transpose.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
-              int64_t c_stride, Start start, const T* bias, bool rectify, int64_t most) {
+              int64_t c_stride, Start start, const T* bias, bool rectify, int64_t most,
+              Ahead ahead) {
   // Tiles of nearly the same height: 64 rows are 11 tiles of 5 or 6, not 10 of 6 and one of 4.
   const int64_t tiles = ceil_div(rows, most);
+  constexpr int64_t kLine = 64;
+  const char* next = static_cast<const char*>(ahead.data);
+  const char* const last = next + ahead.bytes;
+  const int64_t all_tiles = larger(1, tiles * ceil_div(columns, kPanel<T>));
+  const int64_t span = round_up(ceil_div(ahead.bytes, all_tiles), kLine);
   for (int64_t column = 0; column < columns; column += kPanel<T>) {
     const int vectors = columns - column > kLanes<T> ? 2 : 1;
     const T* panel = b.data + (column / kPanel<T>)*b.panel;
     int64_t row = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const int height = static_cast<int>(rows / tiles + (t < rows % tiles));
+      for (const char* stop = next + smaller(span, last - next); next < stop; next += kLine) {
+        __builtin_prefetch(next, 0, 2);
+      }
       tile_of<T, kTileRows>(height, vectors, depth, {a.data + row * a.row, a.row, a.column}, panel,
                             b.stride, c + row * c_stride + column, c_stride, start,
                             bias + (start == Start::kRowBias ? row : column), rectify);
@@ -23,41 +33,59 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> 
   }
 }
 
+namespace {
+
+// Calls body(first, panel) for the panels of a packed matrix, each of which starts at column
+// `first`.
+template <class T, class Body>
+void for_panels(int64_t rows, int64_t columns, T* out, const Body& body) {
+  const int64_t work = larger(1, rows * kPanel<T> * kPassCost);
+  parallel_for(ceil_div(columns, kPanel<T>), larger(1, kThreadWork / work),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t panel = begin; panel < end; ++panel) {
+                   body(panel * kPanel<T>, out + panel * kPanel<T> * rows);
+                 }
+               });
+}
+
+}  // namespace
+
 template <class T, class S>
 void pack_transposed(const S* weight, int64_t stride, int64_t rows, int64_t columns, const T* scale,
                      T* out) {
   constexpr int kWidth = kLanes<T>;
-  for (int64_t first = 0; first < round_up(columns, kPanel<T>); first += kWidth) {
-    T* panel = out + first / kPanel<T> * kPanel<T> * rows + first % kPanel<T>;
-    const int64_t width = larger(0, smaller(kWidth, columns - first));
-    const Vec<T> factor =
-        scale && width > 0 ? load_up_to(scale + first, static_cast<int>(width)) : splat(T(1));
-    for_vectors<T>(rows, [&](int64_t k, int depth) {
-      Vec<T> square[kWidth];
-      load_transposed(weight + first * stride + k, stride, width, depth, square);
-      for (int i = 0; i < depth; ++i) store_raw(panel + (k + i) * kPanel<T>, square[i] * factor);
-    });
-  }
+  for_panels(rows, columns, out, [&](int64_t start, T* panel) {
+    for (int64_t first = start; first < start + kPanel<T>; first += kWidth, panel += kWidth) {
+      const int64_t width = larger(0, smaller(kWidth, columns - first));
+      const Vec<T> factor =
+          scale && width > 0 ? load_up_to(scale + first, static_cast<int>(width)) : splat(T(1));
+      for_vectors<T>(rows, [&](int64_t k, int depth) {
+        Vec<T> square[kWidth];
+        load_transposed(weight + first * stride + k, stride, width, depth, square);
+        for (int i = 0; i < depth; ++i) store_raw(panel + (k + i) * kPanel<T>, square[i] * factor);
+      });
+    }
+  });
 }
 
 template <class T, class S>
 void pack(const S* matrix, int64_t stride, int64_t rows, int64_t columns, T* out) {
-  for (int64_t first = 0; first < columns; first += kPanel<T>) {
+  for_panels(rows, columns, out, [&](int64_t first, T* panel) {
     const int64_t width = smaller(kPanel<T>, columns - first);
-    for (int64_t k = 0; k < rows; ++k) {
+    for (int64_t k = 0; k < rows; ++k, panel += kPanel<T>) {
       const S* source = matrix + k * stride + first;
-      for (int64_t j = width; j < kPanel<T>; ++j) out[j] = 0;
-      for_vectors<T>(
-          width, [&](int64_t j, int lanes) { store_raw(out + j, load_up_to(source + j, lanes)); });
-      out += kPanel<T>;
+      for (int64_t j = width; j < kPanel<T>; ++j) panel[j] = 0;
+      for_vectors<T>(width, [&](int64_t j, int lanes) {
+        store_raw(panel + j, load_up_to(source + j, lanes));
+      });
     }
-  }
+  });
 }
 
 template void multiply<float>(int64_t, int64_t, int64_t, Left<float>, Right<float>, float*, int64_t,
-                              Start, const float*, bool, int64_t);
+                              Start, const float*, bool, int64_t, Ahead);
 template void multiply<double>(int64_t, int64_t, int64_t, Left<double>, Right<double>, double*,
-                               int64_t, Start, const double*, bool, int64_t);
+                               int64_t, Start, const double*, bool, int64_t, Ahead);
 
 #define FUSED_MLP_INSTANTIATE(S)                                                    \
   template void pack_transposed<Compute<S>, S>(const S*, int64_t, int64_t, int64_t, \

@@ -36,6 +36,18 @@ struct Right {
   int64_t stride, panel;
 };
 
+// Memory that is needed next. A product asks for a few lines of it a tile, so that they are in the
+// cache when it ends.
+struct Ahead {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+
+  template <class S>
+  static Ahead of(const S* from, int64_t count) {
+    return {from, count * static_cast<int64_t>(sizeof(S))};
+  }
+};
+
 // What a product starts from: zero, a bias a column, a bias a row, or what the result holds.
 enum class Start { kZero, kBias, kRowBias, kAccumulate };
 
@@ -148,10 +160,10 @@ FUSED_MLP_INLINE void tile_of(int rows, int vectors, int64_t depth, Left<T> a, c
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
               int64_t c_stride, Start start, const T* bias = nullptr, bool rectify = false,
-              int64_t most = kTileRows);
+              int64_t most = kTileRows, Ahead ahead = {});
 
-// Packs the transpose of weight[columns, rows] (leading dimension `stride`), its row j times
-// scale[j] if there is a scale: the right operand of input @ weight.T.
+// Packs, on all threads, the transpose of weight[columns, rows] (leading dimension `stride`), its
+// row j times scale[j] if there is a scale: the right operand of input @ weight.T.
 template <class T, class S>
 void pack_transposed(const S* weight, int64_t stride, int64_t rows, int64_t columns, const T* scale,
                      T* out);

@@ -24,13 +24,8 @@ void forward(const LinearAct& op) {
                                    Arena::bytes<T>(norm_room<T>(op.norm, out)));
   T* weight = shared.take<T>(packed_numel<T>(in, out));
   T* bias = shared.take<T>(room);
-  const int64_t grain = larger(1, kThreadWork / larger(1, in * kPanel<T> * kPassCost));
-  parallel_for(ceil_div(out, kPanel<T>), grain, [&](int64_t begin, int64_t end) {
-    const int64_t column = begin * kPanel<T>;
-    pack_transposed<T>(static_cast<const S*>(op.weight) + column * op.weight_stride,
-                       op.weight_stride, in, smaller(out, end * kPanel<T>) - column,
-                       static_cast<const T*>(nullptr), weight + column * in);
-  });
+  pack_transposed<T>(static_cast<const S*>(op.weight), op.weight_stride, in, out,
+                     static_cast<const T*>(nullptr), weight);
   const DType dtype = op.dtype;
   copy_channels<T>({const_cast<void*>(op.bias), dtype}, out, room, 0, bias);
   const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
@@ -90,9 +85,9 @@ void backward(const LinearActBackward& op) {
     T* block_grad_in = own.take<T>(most * in_stride);
     uint8_t* mask = own.take<uint8_t>(mask_room(most, out));
     T* sums = partial + chunk * grad.numel();
-    grad.clear(sums);
-    for (int64_t first = begin; first < end; first += kBlockRows) {
-      const int64_t rows = smaller(kBlockRows, end - first);
+    grad.clear(sums, begin < end);
+    for_blocks(begin, end, [&](const RowBlock& block) {
+      const int64_t first = block.first, rows = block.rows;
       gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out),
               rows_from<S>(op.kept, first, out), out, block_grad, grad_stride, mask);
       if (op.grad_weight) {
@@ -100,14 +95,14 @@ void backward(const LinearActBackward& op) {
                 in, block_in, in_stride);
       }
       grad.add_bias(rows, block_grad, grad_stride, sums);
-      grad.add_weight(rows, block_grad, grad_stride, block_in, in_stride, sums);
+      grad.add_weight(block.begins, rows, block_grad, grad_stride, block_in, in_stride, sums);
       if (op.grad_input) {
         multiply<T>(rows, in, out, {block_grad, grad_stride, 1}, packed(weight, out), block_grad_in,
                     in_stride, Start::kZero);
         copy_out(block_grad_in, in_stride, rows, in, static_cast<S*>(op.grad_input) + first * in,
                  in);
       }
-    }
+    });
   });
   grad.template merge<S>(partial, chunks, static_cast<S*>(op.grad_weight),
                          static_cast<S*>(op.grad_bias));

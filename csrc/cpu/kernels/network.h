@@ -17,8 +17,9 @@ constexpr int64_t kRecomputeWidth = 32;
 
 // In training a network of that many multiply-adds a row and up to that many rows runs layer by
 // layer too: threads then share the features where rows are few, weights' gradients are merged
-// nowhere, and activations still lie in the cache. (128,[256,256],10) takes 0.58 of the time at 32
-// rows, 0.9 at 256, 0.88 at 1024, as much at 3072; (64,[128,128],10), 26 thousand, gains nothing.
+// nowhere, and activations still lie in the cache. (128,[256,256],10) takes 0.54 of the time at 32
+// rows, 0.89 at 64, 1.02 at 256 and 1.06 at 1024 on two threads, and is the only one that keeps
+// more than four busy up to there; (64,[128,128],10), 26 thousand, gains nothing.
 constexpr int64_t kLayeredRows = 1024;
 constexpr int64_t kLayeredWork = 32768;
 
@@ -120,11 +121,17 @@ struct Forward {
   }
 
   void multiply_layer(const ResearchNet& op, int l, int64_t rows, Left<T> left, T* to,
-                      int64_t stride, bool rectify) const {
+                      int64_t stride, bool rectify, Ahead ahead = {}) const {
     multiply<T>(rows, op.widths[l + 1], op.widths[l], left, packed(weights[l], op.widths[l]), to,
-                stride, Start::kBias, biases[l], rectify);
+                stride, Start::kBias, biases[l], rectify, kTileRows, ahead);
   }
 };
+
+// The block of rows behind `at`.
+template <class S>
+FUSED_MLP_INLINE Ahead rows_ahead(const void* matrix, int64_t stride, const RowBlock& at) {
+  return Ahead::of(static_cast<const S*>(matrix) + at.end() * stride, at.next * stride);
+}
 
 // The blocks a task works in: the input and the output of every hidden layer.
 template <class S>

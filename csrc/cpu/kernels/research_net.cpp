@@ -8,26 +8,53 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
+// Returns what the next layer reads.
 template <class S>
-void walk_hidden(const Shape<Compute<S>>& shape, const Forward<Compute<S>>& net,
-                 Left<Compute<S>> in, int64_t first, int64_t rows, Block<S>& block) {
+Left<Compute<S>> walk_hidden(const Shape<Compute<S>>& shape, const Forward<Compute<S>>& net,
+                             Left<Compute<S>> in, int64_t first, int64_t rows, Block<S>& block) {
   using T = Compute<S>;
   const ResearchNet& op = shape.op;
   for (int l = 0; l < shape.hidden; ++l) {
-    const int64_t width = op.widths[l + 1], stride = padded<T>(width);
-    net.multiply_layer(op, l, rows, block.before(op, l, in), block.hidden[l], stride, true);
+    const int64_t width = op.widths[l + 1];
+    // Rows of whole vectors are written straight to where they are kept, and read there.
+    const bool kept = op.training && !shape.recomputed(l), direct = kept && width % kLanes<T> == 0;
+    T* to = direct ? shape.activation(l, first) : block.hidden[l];
+    const int64_t stride = direct ? width : padded<T>(width);
+    net.multiply_layer(op, l, rows, in, to, stride, true);
     if (op.dropout[l].active()) {
       draw_mask(op.dropout[l], first, rows, 0, width, block.mask);
-      apply_mask<T>(block.mask, static_cast<T>(op.dropout[l].scale()), rows, width, block.hidden[l],
-                    stride);
+      apply_mask<T>(block.mask, static_cast<T>(op.dropout[l].scale()), rows, width, to, stride);
     }
-    if (!op.training) continue;
-    if (!shape.recomputed(l)) {
-      copy_out(block.hidden[l], stride, rows, width, shape.activation(l, first), width);
+    in = {to, stride, 1};
+    if (direct) continue;
+    if (kept) {
+      copy_out(to, stride, rows, width, shape.activation(l, first), width);
     } else if (op.dropout[l].active()) {
       std::memcpy(shape.mask(l, first), block.mask, static_cast<size_t>(rows * mask_bytes(width)));
     }
   }
+  return in;
+}
+
+// LeakyReLU of the normalized z into a block. The next block is asked for meanwhile.
+template <class T>
+void activate(const Shape<T>& shape, const Affine<T>& affine, int64_t first, int64_t rows,
+              T* block) {
+  const int64_t stride = padded<T>(shape.channels);
+  for_groups<T>(shape.channels, [&](auto group, int64_t c, int width) {
+    using Vectors = decltype(group);
+    const auto mean = Vectors::load(affine.mean + c), scale = Vectors::load(affine.scale + c);
+    const auto shift = Vectors::load(affine.shift + c);
+    const Vec<T> slope = splat(static_cast<T>(shape.op.negative_slope));
+    for (int64_t row = 0; row < rows; ++row) {
+      for_each_vector(group, [&](int j, int64_t of) {
+        const T* z = shape.z(first + row) + c + of;
+        __builtin_prefetch(z + rows * shape.channels, 0, 2);
+        const Vec<T> u = (load_up_to(z, width) - mean[j]) * scale[j] + shift[j];
+        store_raw(block + row * stride + c + of, leaky_relu<T>(u, slope));
+      });
+    }
+  });
 }
 
 // The last layer, from a block of activations to the rows of the result.
@@ -67,18 +94,20 @@ void train(const ResearchNet& op) {
     const int64_t most = smaller(kBlockRows, end - begin);
     Arena own(Scratch::kTask, Block<S>::bytes(op, most) + Arena::bytes<T>(most * shape.widest));
     Block<S> block(op, most, own);
-    T* z = own.take<T>(most * shape.widest);
-    const int64_t stride = padded<T>(channels);
-    for (int64_t first = begin; first < end; first += kBlockRows) {
-      const int64_t rows = smaller(kBlockRows, end - first);
-      const Left<T> in = block.input_rows(op, first, rows);
-      walk_hidden<S>(shape, net, in, first, rows, block);
-      net.multiply_layer(op, op.layers - 2, rows, block.before(op, op.layers - 2, in), z, stride,
-                         false);
+    T* block_z = own.take<T>(most * shape.widest);
+    const bool direct = channels % kLanes<T> == 0;
+    const int64_t stride = direct ? channels : padded<T>(channels);
+    for_blocks(begin, end, [&](const RowBlock& at) {
+      const int64_t first = at.first, rows = at.rows;
+      const Left<T> in =
+          walk_hidden<S>(shape, net, block.input_rows(op, first, rows), first, rows, block);
+      T* z = direct ? shape.z(first) : block_z;
+      net.multiply_layer(op, op.layers - 2, rows, in, z, stride, false,
+                         rows_ahead<S>(op.input, op.input_stride, at));
       add_block(z, stride, rows, channels, static_cast<double>(first - begin), mean,
                 mean + channels);
-      copy_out(z, stride, rows, channels, shape.z(first), channels);
-    }
+      if (!direct) copy_out(z, stride, rows, channels, shape.z(first), channels);
+    });
   });
 
   // Chunks in order into the first one.
@@ -97,22 +126,11 @@ void train(const ResearchNet& op) {
                        shape.mean(), shape.rstd());
   make_affine<T>(shape.mean(), shape.rstd(), op.bn_weight, op.bn_bias, channels, room, affine);
 
-  const Vec<T> slope = splat(static_cast<T>(op.negative_slope));
   for_row_blocks(op.rows, channels * shape.out, [&](int64_t first, int64_t rows) {
     Arena own(Scratch::kTask, 2 * Arena::bytes<T>(rows * shape.widest));
     T* hidden = own.take<T>(rows * shape.widest);
     T* result = own.take<T>(rows * shape.widest);
-    const T* z = shape.z(first);
-    const int64_t stride = padded<T>(channels);
-    // A column of vectors at a time keeps the coefficients in registers.
-    for_vectors<T>(channels, [&](int64_t c, int width) {
-      const Vec<T> mean = load_raw(affine.mean + c), scale = load_raw(affine.scale + c);
-      const Vec<T> shift = load_raw(affine.shift + c), leak = slope;
-      for (int64_t row = 0; row < rows; ++row) {
-        const Vec<T> u = (load_up_to(z + row * channels + c, width) - mean) * scale + shift;
-        store_raw(hidden + row * stride + c, leaky_relu<T>(u, leak));
-      }
-    });
+    activate(shape, affine, first, rows, hidden);
     write_output<S>(shape, net, first, rows, hidden, result);
   });
 }

@@ -113,34 +113,38 @@ void grad_of_hidden(const Backward<S>& call, int64_t first, int64_t rows, Task<S
 }
 
 // LeakyReLU's output into task.hidden; of du, the gradient of what it saw, sum += du and
-// sum_x += du * (z - mean). A column of vectors at a time keeps the coefficients in registers.
+// sum_x += du * (z - mean). The next block is asked for meanwhile.
 template <class S>
 void add_norm_sums(const Backward<S>& call, Seen<Compute<S>> seen, int64_t rows, Task<S>& task,
                    double* sum, double* sum_x) {
   using T = Compute<S>;
   const int64_t stride = padded<T>(call.shape.channels);
-  for_vectors<T>(call.shape.channels, [&](int64_t c, int width) {
-    const Vec<T> mean = load_raw(call.affine.mean + c), scale = load_raw(call.affine.scale + c);
-    const Vec<T> shift = load_raw(call.affine.shift + c), slope = call.slope;
-    Vec<T> sums[2] = {}, sums_x[2] = {};
-    const auto add = [&](int64_t row, int i) {
-      const Vec<T> centred = load_up_to(seen.z + row * seen.stride + c, width) - mean;
-      const Vec<T> u = centred * scale + shift, g = load_raw(task.grad + row * stride + c);
-      const Vec<T> du = select<T>(u > Vec<T>{}, g, g * slope);
-      store_raw(task.hidden + row * stride + c, leaky_relu<T>(u, slope));
-      sums[i] += du;
-      sums_x[i] += du * centred;
-    };
-    int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) {
-      add(row, 0);
-      add(row + 1, 1);
+  for_groups<T>(call.shape.channels, [&](auto group, int64_t c, int width) {
+    using Vectors = decltype(group);
+    const auto mean = Vectors::load(call.affine.mean + c);
+    const auto scale = Vectors::load(call.affine.scale + c);
+    const auto shift = Vectors::load(call.affine.shift + c);
+    const Vec<T> slope = call.slope;
+    Vectors sums = {}, sums_x = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      for_each_vector(group, [&](int j, int64_t of) {
+        const T* z = seen.z + row * seen.stride + c + of;
+        __builtin_prefetch(z + rows * seen.stride, 0, 2);
+        const Vec<T> centred = load_up_to(z, width) - mean[j];
+        const Vec<T> u = centred * scale[j] + shift[j];
+        const Vec<T> g = load_raw(task.grad + row * stride + c + of);
+        const Vec<T> du = select<T>(u > Vec<T>{}, g, g * slope);
+        store_raw(task.hidden + row * stride + c + of, leaky_relu<T>(u, slope));
+        sums[j] += du;
+        sums_x[j] += du * centred;
+      });
     }
-    if (row < rows) add(row, 0);
-    for (int lane = 0; lane < width; ++lane) {
-      sum[c + lane] += static_cast<double>(sums[0][lane] + sums[1][lane]);
-      sum_x[c + lane] += static_cast<double>(sums_x[0][lane] + sums_x[1][lane]);
-    }
+    for_each_vector(group, [&](int j, int64_t of) {
+      for (int lane = 0; lane < width; ++lane) {
+        sum[c + of + lane] += static_cast<double>(sums[j][lane]);
+        sum_x[c + of + lane] += static_cast<double>(sums_x[j][lane]);
+      }
+    });
   });
 }
 
@@ -151,26 +155,26 @@ void grad_through_norm(const Backward<S>& call, Seen<Compute<S>> seen, int64_t r
                        Compute<S>* bias) {
   using T = Compute<S>;
   const int64_t stride = padded<T>(call.shape.channels);
-  for_vectors<T>(call.shape.channels, [&](int64_t c, int width) {
-    const Vec<T> mean = load_raw(call.affine.mean + c), scale = load_raw(call.affine.scale + c);
-    const Vec<T> shift = load_raw(call.affine.shift + c), slope = call.slope;
-    const Vec<T> k2 = load_raw(call.k2 + c), k3 = load_raw(call.k3 + c);
-    Vec<T> sums[2] = {load_raw(bias + c)};
-    const auto change = [&](int64_t row, int i) {
-      const Vec<T> centred = load_up_to(seen.z + row * seen.stride + c, width) - mean;
-      const Vec<T> u = centred * scale + shift, g = load_raw(task.grad + row * stride + c);
-      const Vec<T> du = select<T>(u > Vec<T>{}, g, g * slope);
-      const Vec<T> dz = du * scale - k2 - centred * k3;
-      store_raw(task.grad + row * stride + c, dz);
-      sums[i] += dz;
-    };
-    int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) {
-      change(row, 0);
-      change(row + 1, 1);
+  for_groups<T>(call.shape.channels, [&](auto group, int64_t c, int width) {
+    using Vectors = decltype(group);
+    const auto mean = Vectors::load(call.affine.mean + c);
+    const auto scale = Vectors::load(call.affine.scale + c);
+    const auto shift = Vectors::load(call.affine.shift + c);
+    const auto k2 = Vectors::load(call.k2 + c), k3 = Vectors::load(call.k3 + c);
+    const Vec<T> slope = call.slope;
+    auto sums = Vectors::load(bias + c);
+    for (int64_t row = 0; row < rows; ++row) {
+      for_each_vector(group, [&](int j, int64_t of) {
+        T* grad = task.grad + row * stride + c + of;
+        const Vec<T> centred = load_up_to(seen.z + row * seen.stride + c + of, width) - mean[j];
+        const Vec<T> u = centred * scale[j] + shift[j], g = load_raw(grad);
+        const Vec<T> du = select<T>(u > Vec<T>{}, g, g * slope);
+        const Vec<T> dz = du * scale[j] - k2[j] - centred * k3[j];
+        store_raw(grad, dz);
+        sums[j] += dz;
+      });
     }
-    if (row < rows) change(row, 0);
-    store_raw(bias + c, sums[0] + sums[1]);
+    sums.store(bias + c);
   });
 }
 
@@ -200,12 +204,21 @@ void grad_through_gate(const Compute<S>* hidden, int64_t rows, int64_t width, Co
   }
 }
 
+// What layer l read of the block of rows behind `at`.
+template <class S>
+Ahead before_ahead(const Backward<S>& call, int l, const RowBlock& at) {
+  const ResearchNet& net = call.net;
+  if (l == 0) return rows_ahead<S>(net.input, net.input_stride, at);
+  if (call.shape.recomputed(l - 1)) return {};
+  return rows_ahead<Compute<S>>(call.shape.activation(l - 1, 0), net.widths[l], at);
+}
+
 // The rest of a block: through the batch norm and down all layers before it.
 template <class S>
 void grad_below(const Backward<S>& call, const WeightGrad<Compute<S>>* weight_grads,
-                Compute<S>* const* sums, Seen<Compute<S>> seen, int64_t first, int64_t rows,
-                Task<S>& task) {
+                Compute<S>* const* sums, Seen<Compute<S>> seen, const RowBlock& at, Task<S>& task) {
   using T = Compute<S>;
+  const int64_t rows = at.rows;
   const ResearchNet& net = call.net;
   int l = net.layers - 2;
   grad_through_norm<S>(call, seen, rows, task, weight_grads[l].bias_of(sums[l]));
@@ -213,10 +226,14 @@ void grad_below(const Backward<S>& call, const WeightGrad<Compute<S>>* weight_gr
   for (; l >= 0; --l) {
     const int64_t width = net.widths[l + 1], below = net.widths[l];
     const Left<T> before = task.block.before(net, l, in);
-    weight_grads[l].add_weight(rows, task.grad, padded<T>(width), before.data, before.row, sums[l]);
+    weight_grads[l].add_weight(at.begins, rows, task.grad, padded<T>(width), before.data,
+                               before.row, sums[l], before_ahead(call, l, at));
     if (l == 0 && call.op.grad_input == nullptr) return;
+    const bool reads_z = net.training && l == net.layers - 2;
     multiply<T>(rows, below, width, {task.grad, padded<T>(width), 1},
-                packed(call.transposed[l], width), task.grad_next, padded<T>(below), Start::kZero);
+                packed(call.transposed[l], width), task.grad_next, padded<T>(below), Start::kZero,
+                nullptr, false, kTileRows,
+                reads_z ? rows_ahead<T>(call.shape.z(0), width, at) : Ahead{});
     T* swapped = task.grad;
     task.grad = task.grad_next;
     task.grad_next = swapped;
@@ -227,7 +244,7 @@ void grad_below(const Backward<S>& call, const WeightGrad<Compute<S>>* weight_gr
                          weight_grads[l - 1].bias_of(sums[l - 1]));
   }
   copy_out(task.grad, padded<T>(net.widths[0]), rows, net.widths[0],
-           static_cast<S*>(call.op.grad_input) + first * net.widths[0], net.widths[0]);
+           static_cast<S*>(call.op.grad_input) + at.first * net.widths[0], net.widths[0]);
 }
 
 template <class S>
@@ -281,10 +298,12 @@ void backward(const ResearchNetBackward& op) {
       T* layer_sums[kMaxLayers];
       for (int l = 0; l <= last; ++l) layer_sums[l] = partial_of(l, chunk);
       for (int64_t c = 0; above && c < 2 * channels; ++c) sums[c] = 0;
-      if (above) weight_grads[last].clear(layer_sums[last]);
-      for (int l = 0; below && l < last; ++l) weight_grads[l].clear(layer_sums[l]);
-      for (int64_t first = begin; first < end; first += kBlockRows) {
-        const int64_t rows = smaller(kBlockRows, end - first);
+      if (above) weight_grads[last].clear(layer_sums[last], begin < end);
+      for (int l = 0; below && l < last; ++l) {
+        weight_grads[l].clear(layer_sums[l], begin < end);
+      }
+      for_blocks(begin, end, [&](const RowBlock& at) {
+        const int64_t first = at.first, rows = at.rows;
         if (below) restore_hidden<S>(call, first, rows, task);
         const Seen<T> seen = restore_z<S>(call, first, rows, task);
         grad_of_hidden<S>(call, first, rows, task);
@@ -292,11 +311,11 @@ void backward(const ResearchNetBackward& op) {
           add_norm_sums<S>(call, seen, rows, task, sums, sums + channels);
           const int64_t stride = padded<T>(call.shape.out);
           weight_grads[last].add_bias(rows, task.grad_out, stride, layer_sums[last]);
-          weight_grads[last].add_weight(rows, task.grad_out, stride, task.hidden,
+          weight_grads[last].add_weight(at.begins, rows, task.grad_out, stride, task.hidden,
                                         padded<T>(channels), layer_sums[last]);
         }
-        if (below) grad_below<S>(call, weight_grads, layer_sums, seen, first, rows, task);
-      }
+        if (below) grad_below<S>(call, weight_grads, layer_sums, seen, at, task);
+      });
     });
   };
 

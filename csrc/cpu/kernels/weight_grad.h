@@ -23,7 +23,11 @@ class WeightGrad {
 
   int64_t numel() const { return rows_ * stride_ + round_up(out_, kPanel<T>); }
 
-  void clear(T* sums) const { std::memset(sums, 0, static_cast<size_t>(numel()) * sizeof(T)); }
+  // Before the first block of rows, which writes the weight's sums; without rows, all are zero.
+  void clear(T* sums, bool has_rows) const {
+    T* from = has_rows ? bias_of(sums) : sums;
+    std::memset(from, 0, static_cast<size_t>(sums + numel() - from) * sizeof(T));
+  }
 
   // The partial sums of the bias's gradient, for passes that sum the columns of grad themselves.
   T* bias_of(T* sums) const { return sums + rows_ * stride_; }
@@ -33,41 +37,53 @@ class WeightGrad {
     add_column_sums(grad, grad_stride, rows, out_, bias_of(sums));
   }
 
-  // sums += grad.T @ input; both blocks have padded rows.
-  void add_weight(int64_t rows, const T* grad, int64_t grad_stride, const T* input,
-                  int64_t input_stride, T* sums) const {
+  // sums (+)= grad.T @ input; both blocks have padded rows. The first block overwrites.
+  void add_weight(bool first, int64_t rows, const T* grad, int64_t grad_stride, const T* input,
+                  int64_t input_stride, T* sums, Ahead ahead = {}) const {
     if (!weight_wanted_) return;
+    const Start start = first ? Start::kZero : Start::kAccumulate;
     if (transposed_) {
       multiply<T>(in_, out_, rows, {input, 1, input_stride}, plain(grad, grad_stride), sums,
-                  stride_, Start::kAccumulate);
+                  stride_, start, nullptr, false, kTileRows, ahead);
     } else {
       multiply<T>(out_, in_, rows, {grad, 1, grad_stride}, plain(input, input_stride), sums,
-                  stride_, Start::kAccumulate);
+                  stride_, start, nullptr, false, kTileRows, ahead);
     }
   }
 
   // Adds the partial sums in order and writes them out; either target may be null.
   template <class S>
   void merge(T* partial, int64_t chunks, S* grad_weight, S* grad_bias) const {
-    const int64_t size = numel();
-    parallel_for(size / kPanel<T>, kThreadWork / kPassCost, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * kPanel<T>; i < end * kPanel<T>; i += kLanes<T>) {
-        Vec<T> sum = load_raw(partial + i);
-        for (int64_t chunk = 1; chunk < chunks; ++chunk)
-          sum += load_raw(partial + chunk * size + i);
-        store_raw(partial + i, sum);
+    const int64_t size = numel(), columns = transposed_ ? out_ : in_;
+    const auto sum = [&](int64_t i) {
+      Vec<T> total = load_raw(partial + i);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk)
+        total += load_raw(partial + chunk * size + i);
+      return total;
+    };
+    if (grad_bias) {
+      for_vectors<T>(out_, [&](int64_t c, int width) {
+        store_up_to(grad_bias + c, sum(rows_ * stride_ + c), width);
+      });
+    }
+    if (grad_weight == nullptr) return;
+    const int64_t work = larger(1, kPassCost * chunks * columns);
+    parallel_for(rows_, larger(1, kThreadWork / work), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for_vectors<T>(columns, [&](int64_t c, int width) {
+          const Vec<T> total = sum(row * stride_ + c);
+          if (transposed_) {
+            store_raw(partial + row * stride_ + c, total);
+          } else {
+            store_up_to(grad_weight + row * in_ + c, total, width);
+          }
+        });
       }
     });
-    if (grad_bias) copy_out(bias_of(partial), stride_, 1, out_, grad_bias, out_);
-    if (grad_weight == nullptr) return;
-    if (transposed_) {
-      for (int64_t row = 0; row < out_; ++row) {
-        for (int64_t c = 0; c < in_; ++c) {
-          grad_weight[row * in_ + c] = narrow<S>(partial[c * stride_ + row]);
-        }
+    for (int64_t row = 0; transposed_ && row < out_; ++row) {
+      for (int64_t c = 0; c < in_; ++c) {
+        grad_weight[row * in_ + c] = narrow<S>(partial[c * stride_ + row]);
       }
-    } else {
-      copy_out(partial, stride_, out_, in_, grad_weight, in_);
     }
   }
 
