@@ -24,7 +24,7 @@ from .launch import (
 from .merge import merge, section_sizes
 from .philox import drop_threshold, keep_scale
 from .research_net_grad import research_net_grad_kernel
-from .research_net_kernels import research_net_kernel, research_net_statistics_kernel
+from .research_net_kernels import WHOLE, research_net_kernel, research_net_statistics_kernel
 from .tiles import has_matrix_units
 
 MAX_HIDDEN = 128
@@ -68,6 +68,8 @@ class Shape:
     num_warps: int
     resident: bool  # weights stay on chip during the walk
     held: bool  # and in backward their gradients in registers
+    wide_in: int  # the edges, whole, where weights are resident
+    wide_out: int
 
 
 def _pad(width, most):
@@ -101,24 +103,44 @@ def shape(rows, widths, dtype, precision, backend, capability, launch):
     else:
         block_m = 64 if units and widest <= 64 and not backward else 32
 
-    def weight_bytes(block_in, block_out):
-        hidden = block_f * block_h if two else 0
-        return (block_f * block_in + hidden + block_h * block_out) * dtype.itemsize
-
     block_in, block_out = _pad(widths[0], chunk), _pad(widths[-1], chunk)
-    held = backward and widest <= 32
-    registers = weight_bytes(block_in, block_out) // (4 * 32 * warps)  # of a thread
-    resident = widths[0] <= block_in and widths[-1] <= block_out
-    resident = resident and (held if backward else registers <= RESIDENT_REGISTERS)
-    if not resident and units and backend == "cuda" and launch != "rest":
-        # Operands of matrix units stay in shared memory, if all of them fit there. Where a launch
-        # multiplies by both a weight and its transpose, two copies would have to.
-        whole = _pad(widths[0], MAX_HIDDEN), _pad(widths[-1], chunk if backward else MAX_HIDDEN)
-        staged = 32 * (block_h + whole[1]) * 4  # on the way from one layout to another
+    one_chunk = widths[0] <= block_in and widths[-1] <= block_out
+    wide_in, wide_out = block_in, block_out
+    if not one_chunk:
+        wide_in, wide_out = _pad(widths[0], MAX_HIDDEN), _pad(widths[-1], MAX_HIDDEN)
+    front = block_f * wide_in + (block_f * block_h if two else 0)
+    back = block_h * wide_out
+    held = backward and widest <= 32 and one_chunk
+    few = one_chunk and (front + back) * dtype.itemsize // (4 * 32 * warps) <= RESIDENT_REGISTERS
+    resident = held or (few and (not backward or backend == "hip"))
+    if held or (few and not backward):
+        depth = WHOLE.value
+    elif backend == "cuda":
+        # In shared memory, if all of them fit there: whole for matrix units, else a slice of the
+        # depth at a time. "rest" multiplies by two of them and by their transposes, which are
+        # copies.
+        numbers = (2 if launch == "rest" else 1) * front + back
+        staged = 32 * (block_h + wide_out) * 4  # on the way from one layout to another
         room = 1024 * SHARED.get(capability, 99)
-        fit = widths[0] <= whole[0] and widths[-1] <= whole[1]
-        if fit and weight_bytes(*whole) + staged <= room:
-            resident, block_m, warps, (block_in, block_out) = True, 32, 8, whole
+        if dtype == torch.float64:  # whose matrix units keep them in registers
+            room = min(room, 32 * 1024 + staged)
+        fit = widths[0] <= wide_in and widths[-1] <= wide_out
+        fit = fit and numbers * dtype.itemsize + staged <= room
+        # Layers that get no wider, and without matrix units none that is narrow.
+        even = max(wide_in, block_h, wide_out) <= block_f and (units or block_h >= 32 < block_f)
+        # What these leave out would spill. In evaluation without matrix units, more programs of
+        # one block each hide more latency.
+        sensible = {
+            "evaluation": units,
+            "forward": units or even,
+            "last": (units and wide_out <= chunk) or (even and (not units or dtype.itemsize == 2)),
+            "rest": even and units and widest <= 64,
+        }
+        if fit and sensible[launch]:
+            resident, block_m = True, min(block_m, 32)
+            warps = 8 if units else warps
+            block_in, block_out = (block_in, block_out) if backward else (wide_in, wide_out)
+            depth = WHOLE.value if units and launch != "rest" else depth
     block_m = min(block_m, _pad(rows, block_m))
     blocks = triton.cdiv(rows, block_m)
     # With neither weights to keep nor parts to merge, a program takes one block and is done.
@@ -126,7 +148,7 @@ def shape(rows, widths, dtype, precision, backend, capability, launch):
     rows_per_part = (1 if alone else triton.cdiv(blocks, PROGRAMS)) * block_m
     return Shape(
         two, block_m, block_in, block_f, block_h, block_out, depth,
-        rows_per_part, triton.cdiv(rows, rows_per_part), warps, resident, held and resident,
+        rows_per_part, triton.cdiv(rows, rows_per_part), warps, resident, held, wide_in, wide_out,
     )  # fmt: skip
 
 
@@ -257,7 +279,8 @@ def research_net_backward(
             cut, constants = net.cut("rest" if rest else "last")
             research_net_grad_kernel[(s.parts,)](
                 *arguments, LAST=last, REST=rest, TRAINING=training, HELD=cut.held,
-                PARTS=triton.next_power_of_2(s.parts), BLOCK_OUT=cut.block_out, **constants,
+                PARTS=triton.next_power_of_2(s.parts), BLOCK_OUT=cut.block_out,
+                WIDE_IN=cut.wide_in, WIDE_OUT=cut.wide_out, **constants,
             )  # fmt: skip
         if any(output_mask[1:]):
             merge(part, gradients, sections)

@@ -15,7 +15,14 @@ from .launch import cast, scalar
 from .matmul import multiply, take_columns
 from .merge import padded
 from .moments import merge_rows
-from .research_net_kernels import before_norm, load_rows, load_weight
+from .research_net_kernels import (
+    WHOLE,
+    before_norm,
+    column_slices,
+    load_rows,
+    load_weight,
+    row_slices,
+)
 
 
 @triton.jit
@@ -40,17 +47,28 @@ def add_vector(ptr, value, first, size, fresh):
 
 @triton.jit
 def middle_grad(
-    dz, a, w2_ptr, dw2_ptr, H, F, da, fresh, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    dz, a, w2_ptr, dw2_ptr, H, F, da, fresh, RESIDENT: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """da + dz @ W2, and dz.T @ a added to dW2, for DEPTH columns of ``dz`` at a time."""
+    """dz.T @ a added to dW2, DEPTH columns of ``dz`` at a time; unless RESIDENT, da + dz @ W2."""
     for k in range(0, H, DEPTH):
         piece = take_columns(dz, k, DEPTH)
         dw = tl.zeros([piece.shape[1], a.shape[1]], da.dtype)
         dw = multiply(tl.trans(piece), a, dw, PRECISION)
         add_weight(dw2_ptr, dw, k, H, 0, F, fresh)
-        w = load_weight(w2_ptr, k, H, 0, F, piece.shape[1], a.shape[1])
-        da = multiply(piece, w, da, PRECISION)
+        if not RESIDENT:
+            w = load_weight(w2_ptr, k, H, 0, F, piece.shape[1], a.shape[1])
+            da = multiply(piece, w, da, PRECISION)
     return da
+
+
+@triton.jit
+def row_slices_product(dz, slices, acc, PRECISION: tl.constexpr):
+    """acc + dz @ W for the ``row_slices`` of a weight."""
+    DEPTH: tl.constexpr = slices[0].shape[0]
+    for i in tl.static_range(len(slices)):
+        acc = multiply(take_columns(dz, i * DEPTH, DEPTH), slices[i], acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -73,12 +91,14 @@ def research_net_grad_kernel(
     LAST: tl.constexpr, REST: tl.constexpr, TRAINING: tl.constexpr, PARTS: tl.constexpr,
     TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_OUT: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr,
-    HELD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    WIDE_IN: tl.constexpr, WIDE_OUT: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients over a part of the rows, into row p of part [parts, row_length]. Grid: (parts,).
 
     LAST: of W3, b3, gamma and beta. REST: of W1, b1, W2, b2 and the input, which in training need
-    the merged sums of LAST. Weights of REST are RESIDENT only where gradients are HELD.
+    the merged sums of LAST. RESIDENT: REST holds weights a second time, as the slices that it
+    multiplies by are rows there and columns here; WIDE_IN, WIDE_OUT: the edges whole.
     """
     part = tl.program_id(0)
     row_ptr = part_ptr + part.to(tl.int64) * row_length
@@ -95,10 +115,14 @@ def research_net_grad_kernel(
     w1 = 0
     w2 = 0
     if RESIDENT:
-        w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
-        w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+        w1 = column_slices(w1_ptr, F, IN, BLOCK_F, WIDE_IN, DEPTH)
+        w3 = row_slices(w3_ptr, OUT, H, WIDE_OUT, BLOCK_H, DEPTH)
         if TWO:
-            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
+            w2 = column_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH)
+        if REST:
+            w1_rows = w1 if HELD else row_slices(w1_ptr, F, IN, BLOCK_F, WIDE_IN, DEPTH)
+            if TWO:
+                w2_rows = w2 if HELD else row_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH)
     if HELD:
         dw1 = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
         dw3 = tl.zeros([BLOCK_OUT, BLOCK_H], ACC)
@@ -111,7 +135,7 @@ def research_net_grad_kernel(
             db2 = tl.zeros([BLOCK_H], ACC)
     first = part.to(tl.int64) * rows_per_part
     last = tl.minimum(first + rows_per_part, M)
-    for start in tl.range(first, last, BLOCK_M, disable_licm=not RESIDENT):
+    for start in tl.range(first, last, BLOCK_M, disable_licm=DEPTH < WHOLE):
         fresh = start == first
         m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         in_m = m < last
@@ -133,23 +157,27 @@ def research_net_grad_kernel(
         u = normalized * gamma[None, :] + beta[None, :]
         a = cast(activate(u, slope, LEAKY_RELU), w3_ptr.dtype.element_ty)
         da = tl.zeros([BLOCK_M, BLOCK_H], ACC)
-        for at in range(0, OUT, BLOCK_OUT):
-            g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
-            if RESIDENT:
-                da = multiply(g, w3, da, PRECISION)
-            else:
-                w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
-                da = multiply(g, w, da, PRECISION)
-            if LAST and HELD:
-                dw3 = multiply(tl.trans(g), a, dw3, PRECISION)
-                db3 += tl.sum(g.to(ACC), 0)
+        if RESIDENT and not HELD:
+            g = load_rows(g_ptr, m, in_m, 0, OUT, stride_gm, stride_gn, WIDE_OUT)
+            da = row_slices_product(g, w3, da, PRECISION)
+        else:
+            for at in range(0, OUT, BLOCK_OUT):
+                g_chunk = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
+                if RESIDENT:
+                    da = multiply(g_chunk, w3[0], da, PRECISION)
+                else:
+                    w = load_weight(w3_ptr, at, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+                    da = multiply(g_chunk, w, da, PRECISION)
+                if LAST and HELD:
+                    dw3 = multiply(tl.trans(g_chunk), a, dw3, PRECISION)
+                    db3 += tl.sum(g_chunk.to(ACC), 0)
         if LAST and not HELD:
             # A loop of its own: operands of both products at once take too many registers.
             for at in range(0, OUT, BLOCK_OUT):
-                g = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
-                dw = multiply(tl.trans(g), a, tl.zeros([BLOCK_OUT, BLOCK_H], ACC), PRECISION)
+                g_chunk = load_rows(g_ptr, m, in_m, at, OUT, stride_gm, stride_gn, BLOCK_OUT)
+                dw = multiply(tl.trans(g_chunk), a, tl.zeros([BLOCK_OUT, BLOCK_H], ACC), PRECISION)
                 add_weight(row_ptr + at_w3, dw, at, OUT, 0, H, fresh)
-                add_vector(row_ptr + at_b3, tl.sum(g.to(ACC), 0), at, OUT, fresh)
+                add_vector(row_ptr + at_b3, tl.sum(g_chunk.to(ACC), 0), at, OUT, fresh)
         du = activation_gradient(da, u, slope, LEAKY_RELU)
         if LAST:
             sum_beta = tl.sum(du, 0)
@@ -174,12 +202,14 @@ def research_net_grad_kernel(
                 if HELD:
                     db2 += sum_b2
                     dw2 = multiply(tl.trans(operand), a1, dw2, PRECISION)
-                    dz = multiply(operand, w2, dz, PRECISION)
                 else:
                     add_vector(row_ptr + at_b2, sum_b2, 0, H, fresh)
                     dz = middle_grad(
-                        operand, a1, w2_ptr, row_ptr + at_w2, H, F, dz, fresh, DEPTH, PRECISION
-                    )
+                        operand, a1, w2_ptr, row_ptr + at_w2, H, F, dz, fresh, RESIDENT, DEPTH,
+                        PRECISION,
+                    )  # fmt: skip
+                if RESIDENT:
+                    dz = row_slices_product(operand, w2_rows, dz, PRECISION)
                 dz = activation_gradient(dz * scale, a1, 0.0, RELU)
                 operand = cast(dz, x_ptr.dtype.element_ty)
             if HELD:
@@ -195,15 +225,17 @@ def research_net_grad_kernel(
                     dw = multiply(tl.trans(operand), x, dw, PRECISION)
                     add_weight(row_ptr, dw, 0, F, at, IN, fresh)
             if dx_ptr is not None:
-                for at in range(0, IN, BLOCK_IN):
-                    dx = tl.zeros([BLOCK_M, BLOCK_IN], ACC)
+                # Resident, the whole width is one piece.
+                PIECE: tl.constexpr = WIDE_IN if RESIDENT else BLOCK_IN
+                for at in range(0, IN, PIECE):
+                    dx = tl.zeros([BLOCK_M, PIECE], ACC)
                     if RESIDENT:
-                        dx = multiply(operand, w1, dx, PRECISION)
+                        dx = row_slices_product(operand, w1_rows, dx, PRECISION)
                     else:
                         dx = weight_product_rows(operand, w1_ptr, F, at, IN, dx, DEPTH, PRECISION)
-                    i = at + tl.arange(0, BLOCK_IN)
-                    dx_at = dx_ptr + m[:, None] * IN + i[None, :]
-                    mask = in_m[:, None] & (i < IN)[None, :]
+                    c = at + tl.arange(0, PIECE)
+                    dx_at = dx_ptr + m[:, None] * IN + c[None, :]
+                    mask = in_m[:, None] & (c < IN)[None, :]
                     tl.store(dx_at, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
         if not HELD:
             tl.debug_barrier()  # a thread may read next what another one wrote

@@ -1,9 +1,9 @@
 """The whole network on chip: what the launchers in research_net.py run.
 
-A program walks blocks of rows. RESIDENT weights are loaded once, before the walk; those too large
-for the chip come from the cache for each block, a slice of the depth at a time: a product that
-held its whole operand would spill. Activations live in registers and shared memory only, and
-backward computes them again from the input.
+A program walks blocks of rows. RESIDENT weights are loaded once, before the walk, as tuples of
+slices of the depth (one where it is WHOLE); those too large for the chip come from the cache for
+each block, a slice at a time: a product that held its whole operand would spill. Activations live
+in registers and shared memory only, and backward computes them again from the input.
 
 Dimensions: IN -> F -> H -> OUT, with BatchNorm on H; without a middle layer F is H.
     first   W1 [F, IN], ReLU and dropout if there is a middle layer
@@ -23,6 +23,8 @@ from .matmul import multiply, take_columns
 from .moments import merge_parts, store_part
 from .philox import dropout
 
+WHOLE = tl.constexpr(128)  # the DEPTH at which products take whole operands
+
 
 @triton.jit
 def load_weight(ptr, row0, rows, column0, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -31,6 +33,38 @@ def load_weight(ptr, row0, rows, column0, columns, ROWS: tl.constexpr, COLUMNS: 
     c = column0 + tl.arange(0, COLUMNS)
     mask = (r < rows)[:, None] & (c < columns)[None, :]
     return tl.load(ptr + r[:, None] * columns + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def column_slices(ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  DEPTH: tl.constexpr):  # fmt: skip
+    """A (rows, columns) matrix, DEPTH columns at a time, as a tuple of [ROWS, DEPTH]."""
+    WIDTH: tl.constexpr = min(DEPTH, COLUMNS)
+    slices = ()
+    for k in tl.static_range(0, COLUMNS, WIDTH):
+        slices += (load_weight(ptr, 0, rows, k, columns, ROWS, WIDTH),)
+    return slices
+
+
+@triton.jit
+def row_slices(ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               DEPTH: tl.constexpr):  # fmt: skip
+    """A (rows, columns) matrix, DEPTH rows at a time, as a tuple of [DEPTH, COLUMNS]."""
+    HEIGHT: tl.constexpr = min(DEPTH, ROWS)
+    slices = ()
+    for k in tl.static_range(0, ROWS, HEIGHT):
+        slices += (load_weight(ptr, k, rows, 0, columns, HEIGHT, COLUMNS),)
+    return slices
+
+
+@triton.jit
+def slices_product(a, slices, acc, PRECISION: tl.constexpr):
+    """acc + a @ W.T for the ``column_slices`` of a weight."""
+    DEPTH: tl.constexpr = slices[0].shape[1]
+    for i in tl.static_range(len(slices)):
+        piece = take_columns(a, i * DEPTH, DEPTH)
+        acc = multiply(piece, tl.trans(slices[i]), acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -75,8 +109,8 @@ def before_norm(
 ):  # fmt: skip
     """What the batch norm sees of a block of rows [BLOCK_M, H], and the first layer's output."""
     if RESIDENT:
-        x = load_rows(x_ptr, m, in_m, 0, IN, stride_xm, stride_xk, BLOCK_IN)
-        z = multiply(x, tl.trans(w1), tl.zeros([BLOCK_M, BLOCK_F], ACC), PRECISION)
+        x = load_rows(x_ptr, m, in_m, 0, IN, stride_xm, stride_xk, w1[0].shape[1] * len(w1))
+        z = slices_product(x, w1, tl.zeros([BLOCK_M, BLOCK_F], ACC), PRECISION)
     else:
         z = first_product(
             x_ptr, m, in_m, w1_ptr, stride_xm, stride_xk, IN, F, BLOCK_M, BLOCK_IN, BLOCK_F,
@@ -90,7 +124,7 @@ def before_norm(
         a = cast(z, w2_ptr.dtype.element_ty)
         zero = tl.zeros([BLOCK_M, BLOCK_H], ACC)
         if RESIDENT:
-            z = multiply(a, tl.trans(w2), zero, PRECISION)
+            z = slices_product(a, w2, zero, PRECISION)
         else:
             z = weight_product(a, w2_ptr, 0, H, F, zero, DEPTH, PRECISION)
         return z + b2[None, :], a
@@ -115,9 +149,9 @@ def research_net_statistics_kernel(
     w1 = 0
     w2 = 0
     if RESIDENT:
-        w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+        w1 = column_slices(w1_ptr, F, IN, BLOCK_F, BLOCK_IN, DEPTH)
         if TWO:
-            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
+            w2 = column_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH)
     b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
     b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
     first = part.to(tl.int64) * rows_per_part
@@ -125,7 +159,7 @@ def research_net_statistics_kernel(
     shift = tl.zeros([BLOCK_H], ACC)
     sums = tl.zeros([BLOCK_H], ACC)
     squares = tl.zeros([BLOCK_H], ACC)
-    for start in tl.range(first, last, BLOCK_M, disable_licm=not RESIDENT):
+    for start in tl.range(first, last, BLOCK_M, disable_licm=DEPTH < WHOLE):
         m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         in_m = m < last
         z, _ = before_norm(
@@ -192,17 +226,17 @@ def research_net_kernel(
     w1 = 0
     w2 = 0
     if RESIDENT:
-        w1 = load_weight(w1_ptr, 0, F, 0, IN, BLOCK_F, BLOCK_IN)
+        w1 = column_slices(w1_ptr, F, IN, BLOCK_F, BLOCK_IN, DEPTH)
         if TWO:
-            w2 = load_weight(w2_ptr, 0, H, 0, F, BLOCK_H, BLOCK_F)
+            w2 = column_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH)
     b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
     b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
     c = tl.arange(0, BLOCK_OUT)
     if RESIDENT:
-        w3 = load_weight(w3_ptr, 0, OUT, 0, H, BLOCK_OUT, BLOCK_H)
+        w3 = column_slices(w3_ptr, OUT, H, BLOCK_OUT, BLOCK_H, DEPTH)
     first = part.to(tl.int64) * rows_per_part
     last = tl.minimum(first + rows_per_part, M)
-    for start in tl.range(first, last, BLOCK_M, disable_licm=not RESIDENT):
+    for start in tl.range(first, last, BLOCK_M, disable_licm=DEPTH < WHOLE):
         m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         in_m = m < last
         z, _ = before_norm(
@@ -215,10 +249,13 @@ def research_net_kernel(
         for at in range(0, OUT, BLOCK_OUT):
             y = tl.zeros([BLOCK_M, BLOCK_OUT], ACC)
             if RESIDENT:
-                y = multiply(a, tl.trans(w3), y, PRECISION)
+                y = slices_product(a, w3, y, PRECISION)
             else:
                 y = weight_product(a, w3_ptr, at, OUT, H, y, DEPTH, PRECISION)
             y += load_vector(b3_ptr, at + c, at + c < OUT, 0.0, ACC)[None, :]
             y_at = y_ptr + m[:, None] * OUT + (at + c)[None, :]
             mask = in_m[:, None] & (at + c < OUT)[None, :]
             tl.store(y_at, cast(y, y_ptr.dtype.element_ty), mask=mask)
+        if RESIDENT and DEPTH < WHOLE:
+            # Without it the compiler keeps slices in registers instead of shared memory: spills.
+            tl.debug_barrier()

@@ -135,6 +135,47 @@ def test_research_net_loads_weights_once_a_program(
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("dtype", "copies", "rest"),
+    [
+        (torch.float32, 1, False),
+        pytest.param(torch.bfloat16, 2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_research_net_of_64_units_loads_weights_once_a_program_in_training(
+    cc: int, dtype: torch.dtype, copies: int, rest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multiply-adds read them from shared memory too; ``rest``: so does the launch of that name.
+
+    It needs weights and transposes, and without matrix units spills if it holds both. ``copies``:
+    how many warps read each of the sums that backward adds to.
+    """
+    from fused_mlp.kernels import research_net as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    loaded = []
+    for rows in (64, 128):
+        kernels.shape.cache_clear()
+        op, _ = network_op(rows, (64, 64, 64, 64), dtype, True)
+        _, records = simulate(cc, op)
+        loaded.append(records)
+    kernels.shape.cache_clear()
+    weight, more = 64 * 64 * dtype.itemsize, 64 * 64 * dtype.itemsize
+    # Backward reads the output's gradient twice, and adds up the weights' gradients (float32) in
+    # memory: a program that walks two blocks instead of one reads those it has once.
+    sums = copies * 64 * 64 * 4
+    expected = (more, more, 3 * more + 2 * sums, 3 * more + 2 * 2 * sums)
+    for few, many, bytes_more, once in zip(
+        *loaded, expected, (True, True, True, rest), strict=False
+    ):
+        assert few.grid == many.grid == (2, 1, 1)
+        grown = 32 * (many.load_sectors - few.load_sectors) - bytes_more
+        # 2 blocks more. Vectors, which registers need not hold, may be read for each.
+        assert grown >= 0
+        assert (grown < 2 * weight) is once
+
+
+@BOTH
 def test_research_net_of_large_weights_loads_them_once_a_program_in_evaluation(cc: int) -> None:
     """Weights beyond the registers: a program takes one block of rows, and each weight once."""
     torch.set_float32_matmul_precision("high")
