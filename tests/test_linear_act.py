@@ -56,10 +56,13 @@ def test_batch_shapes(device: torch.device, kind: str, p: float) -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 30])
 @pytest.mark.parametrize("kind", ["relu", "gelu"])
-def test_no_features_of_a_wide_input(device: torch.device, kind: str, rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_features_of_a_wide_input(
+    device: torch.device, dtype: torch.dtype, kind: str, rows: int
+) -> None:
     """Beyond the cache threads share the features, of which there may be none to divide by."""
-    check_case(act_case(kind, (rows, 300), 0, p=0.3, device=device))
-    check_case(act_case(kind, (rows, 0), 300, p=0.3, device=device))
+    check_case(act_case(kind, (rows, 300), 0, p=0.3, dtype=dtype, device=device))
+    check_case(act_case(kind, (rows, 0), 300, p=0.3, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("kind", ["tanh", "silu", "none"])
