@@ -70,14 +70,11 @@ def test_report(case: gpu_report.Case, chip: str, request: pytest.FixtureRequest
         (torch.float64, "highest"),
     ],
 )
-@pytest.mark.parametrize(
-    "widths",
-    [(1000, 100, 100, 1000), (1024, 128, 1024), (128, 128, 128, 128), (128, 64, 64, 128)],
-)
+@pytest.mark.parametrize("widths", [(1000, 100, 100, 1000), (1024, 128, 1024)])
 def test_networks_at_the_limit_keep_to_their_registers(
     widths: tuple[int, ...], dtype: torch.dtype, precision: str, chip: str
 ) -> None:
-    """Widths that no 128-bit access divides, one hidden layer, the most that stays on chip."""
+    """Widths that no 128-bit access divides, and one hidden layer; float64 too."""
     case = gpu_report.network(widths, dtype, precision, matrix=False)
     for _, kernel in gpu_report.report([chip], [case]):
         assert kernel.fits, f"{kernel.name}: {kernel.shared} bytes of shared memory"
