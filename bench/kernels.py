@@ -50,7 +50,7 @@ def raw_calls(
         )  # fmt: skip
         with torch.no_grad():
             kept = run(x, prepared)[1]
-        return lambda: run(x, prepared), lambda: back(grad, x, kept, prepared, mask)
+        return lambda: run(x, prepared), lambda: back(grad, x, kept, prepared, None)
     ends = (training, drop, draw_seed(x.device) if any(drop) else None)
     run, back = KERNELS.research_net.default, KERNELS.research_net_backward.default
 

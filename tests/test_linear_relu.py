@@ -277,3 +277,35 @@ def test_more_than_2_31_inputs(device: torch.device, backend: str) -> None:
     grad[-1] = 1.0
     (grad_weight,) = torch.autograd.grad(output, weight, grad)
     torch.testing.assert_close(grad_weight, torch.where(output[-1:].t() > 0, x[-1:], 0.0).half())
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_kinds_of_tensors_seen_before_are_still_checked(device, has_bias, requires_grad) -> None:
+    x, weight = torch.randn(6, 3, device=device), torch.randn(4, 3, device=device)
+    bias = torch.randn(4, device=device) if has_bias else None
+    weight.requires_grad_(requires_grad)
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        return F.relu(F.linear(x, weight, bias))
+
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        return linear_relu(x, weight, bias)
+
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), eager(x))
+        torch.testing.assert_close(fused(x[:0]), eager(x[:0]))
+        torch.testing.assert_close(torch.func.vmap(fused)(x), eager(x))
+        torch.testing.assert_close(
+            torch.func.jvp(fused, (x,), (x,)), torch.func.jvp(eager, (x,), (x,))
+        )
+        with pytest.raises(RuntimeError, match="in_features"):
+            fused(x[:, :2])
+        with pytest.raises(RuntimeError, match="bias must have shape"):
+            linear_relu(x, weight, torch.randn(5, device=device))
+        with pytest.raises(RuntimeError, match="must have the dtype of input"):
+            fused(x.double())
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            linear_relu(x, weight, bias, 1.5, training=True)
+        with pytest.raises(TypeError, match="must be Tensor"):
+            linear_relu(x, None, bias)

@@ -12,7 +12,7 @@ import torch
 from support.networks import kernels_run, networks
 
 import fused_mlp
-from fused_mlp.modules import fit as fit_module
+from fused_mlp.ops import fit as fit_module
 
 pytestmark = pytest.mark.usefixtures("target")
 

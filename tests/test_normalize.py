@@ -277,3 +277,70 @@ def test_transforms_know_eps(device: torch.device, dim) -> None:
         )
     )
     torch.testing.assert_close(ours, eagers, rtol=1e-12, atol=1e-12)
+
+
+def _vmapped(x: torch.Tensor) -> torch.Tensor:
+    return torch.func.vmap(normalize)(x)
+
+
+def _pushed_forward(x: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x) * x)
+        return torch.autograd.forward_ad.unpack_dual(normalize(dual)).tangent
+
+
+def _left_over(x: torch.Tensor) -> torch.Tensor:
+    """Normalize what a transform that ended wrapped."""
+    leaked = []
+    torch.func.grad(lambda t: leaked.append(t) or t.sum())(x)
+    return normalize(leaked[0])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (normalize, eager),
+        (_vmapped, lambda x: torch.stack([eager(row) for row in x])),
+        (lambda x: torch.func.jacrev(normalize)(x), lambda x: torch.func.jacrev(eager)(x)),
+        (_pushed_forward, lambda x: torch.func.jvp(eager, (x,), (x,))[1]),
+        (_left_over, eager),
+        (lambda x: normalize(x, correction=0), lambda x: eager(x, correction=0)),
+        (lambda x: normalize(x, eps=0.5), lambda x: eager(x, eps=0.5)),
+        (lambda x: normalize(x.double()), lambda x: eager(x.double())),
+        (lambda x: normalize(x.t()), lambda x: eager(x.t())),
+        (lambda x: normalize(x, 0), lambda x: eager(x, (0,))),
+    ],
+    ids=["again", "vmap", "jacrev", "forward", "left over", "correction", "eps", "dtype", "strides",
+         "dim"],
+)  # fmt: skip
+def test_a_kind_of_input_seen_before(device, call, expected, requires_grad: bool) -> None:
+    x = torch.randn(3, 4, device=device, requires_grad=requires_grad)
+    for _ in range(2):
+        normalize(x)
+        torch.testing.assert_close(call(x), expected(x))
+
+
+def test_a_kind_of_input_seen_before_is_still_checked(device: torch.device) -> None:
+    x = torch.randn(3, 4, device=device)
+    for _ in range(2):
+        normalize(x)
+    with pytest.warns(UserWarning, match="degrees of freedom"):
+        assert normalize(x[:1, :1]).isnan().all()
+    with pytest.raises(TypeError, match="correction"):
+        normalize(x, correction="1")
+    with pytest.raises(ValueError, match="eps"):
+        normalize(x, eps=-0.1)
+    with fused_mlp.use_backend("reference"):
+        torch.testing.assert_close(normalize(x), eager(x))
+
+
+@pytest.mark.parametrize("dim", [None, [0], [1], [0, 2]])
+def test_evaluation_gives_the_bits_of_training(dim) -> None:
+    if fused_mlp.backends.active_backend("cpu") != "native":
+        pytest.skip("only the CPU library evaluates without statistics")
+    kernels = torch.ops.fused_mlp_kernels
+    for dtype in DTYPES:
+        x = torch.randn(5, 6, 7).to(dtype)
+        output = kernels.normalize_evaluate(x, dim, 1.0, 0.1)
+        assert torch.equal(output, kernels.normalize(x, dim, 1.0, 0.1)[0])

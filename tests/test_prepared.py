@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -326,3 +327,25 @@ def test_network_among_other_layers_runs_as_prepared(runs):
     for net in (eager, fused):
         net[6].negative_slope = 0.5
     torch.testing.assert_close(fused(x), eager(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_backward_without_a_mask_gives_the_gradients_of_all_parameters(affine):
+    kernels = torch.ops.fused_mlp_kernels
+    widths = (10, 16, 8, 5)
+    shapes = [(out, before) for before, out in itertools.pairwise(widths)]
+    weights, biases = [torch.randn(s) for s in shapes], [torch.randn(s[0]) for s in shapes]
+    norm = (torch.randn(8), torch.randn(8)) if affine else (None, None)
+    handle = kernels.research_net_prepare(
+        weights, biases, *norm, torch.zeros(8), torch.ones(8), None, True, [0.3], 0.1, 1e-5, 0.01
+    )
+    x, grad = torch.randn(6, 10), torch.randn(6, 5)
+    _, saved = kernels.research_net_prepared(x, handle)
+    mask = [False, *[True] * 6, affine, affine]
+    expected = kernels.research_net_prepared_backward(grad, x, saved, handle, mask)
+    found = kernels.research_net_prepared_backward(grad, x, saved, handle, None)
+    assert [t.shape for t in found] == [
+        t.shape for t in (*weights, *biases, *norm) if t is not None
+    ]
+    for ours, right in zip(found, expected, strict=True):
+        assert torch.equal(ours, right)

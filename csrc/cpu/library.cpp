@@ -5,6 +5,7 @@
 
 STABLE_TORCH_LIBRARY_IMPL(fused_mlp_kernels, CPU, m) {
   m.impl("normalize", TORCH_BOX(&fused_mlp::normalize));
+  m.impl("normalize_evaluate", TORCH_BOX(&fused_mlp::normalize_evaluate));
   m.impl("normalize_backward", TORCH_BOX(&fused_mlp::normalize_backward));
   m.impl("linear_act", TORCH_BOX(&fused_mlp::linear_act));
   m.impl("linear_act_backward", TORCH_BOX(&fused_mlp::linear_act_backward));

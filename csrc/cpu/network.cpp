@@ -30,7 +30,7 @@ Call describe(const Network& network, const Tensor& input) {
     const Tensor &weight = weights[l], &bias = biases[l];
     STD_TORCH_CHECK(weight.is_cpu() && bias.is_cpu() && weight.dim() == 2 &&
                         weight.size(1) == net.widths[l] && bias.numel() == weight.size(0) &&
-                        weight.scalar_type() == call.dtype && bias.scalar_type() == call.dtype,
+                        dtype_of(weight) == net.dtype && dtype_of(bias) == net.dtype,
                     "fused_mlp: research_net: weights[", l, "] or biases[", l,
                     "] do not fit what comes before them");
     net.widths[l + 1] = weight.size(0);
@@ -91,9 +91,9 @@ Tensor new_output(Call& call) {
   return output;
 }
 
-std::vector<Tensor> backward(const Network& network, Call& call, const Tensor& grad_output,
-                             const Tensor& saved, int64_t saved_numel,
-                             const std::vector<bool>& output_mask) {
+StableIValue backward(const Network& network, Call& call, const Tensor& grad_output,
+                      const Tensor& saved, int64_t saved_numel,
+                      const std::vector<bool>& output_mask) {
   ResearchNetBackward op{};
   const ResearchNet& net = call.net;
   const size_t layers = network.weights.size();
@@ -111,12 +111,9 @@ std::vector<Tensor> backward(const Network& network, Call& call, const Tensor& g
   op.grad_output = call.contiguous_data(grad_output);
   op.forward = net;
   op.forward.saved = const_cast<void*>(elements_of(saved));
-  std::vector<Tensor> gradients;
-  gradients.reserve(output_mask.size());
+  NewTensors gradients(output_mask.size());
   const auto wanted = [&](size_t i, IntHeaderOnlyArrayRef sizes, ScalarType dtype) -> void* {
-    if (!output_mask[i]) return nullptr;
-    gradients.push_back(new_empty_cpu(sizes, dtype));
-    return gradients.back().mutable_data_ptr();
+    return output_mask[i] ? gradients.add(sizes, dtype) : nullptr;
   };
   op.grad_input = wanted(0, {net.rows, net.widths[0]}, call.dtype);
   for (size_t l = 0; l < layers; ++l) {
@@ -127,12 +124,12 @@ std::vector<Tensor> backward(const Network& network, Call& call, const Tensor& g
   }
   const auto vector_like = [&](size_t i, const std::optional<Tensor>& parameter) -> ChannelVector {
     void* data = wanted(i, {channels}, parameter ? parameter->scalar_type() : call.dtype);
-    return {data, data ? dtype_of(gradients.back()) : net.dtype};
+    return {data, parameter ? dtype_of(*parameter) : net.dtype};
   };
   op.grad_bn_weight = vector_like(1 + 2 * layers, network.bn_weight);
   op.grad_bn_bias = vector_like(2 + 2 * layers, network.bn_bias);
   kernels().research_net_backward(op);
-  return gradients;
+  return gradients.release();
 }
 
 }  // namespace fused_mlp

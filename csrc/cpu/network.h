@@ -42,8 +42,8 @@ Tensor new_output(Call& call);
 
 // The gradients that `output_mask` asks for, of input, weights…, biases…, bn_weight, bn_bias.
 // `saved` must have `saved_numel` elements.
-std::vector<Tensor> backward(const Network& network, Call& call, const Tensor& grad_output,
-                             const Tensor& saved, int64_t saved_numel,
-                             const std::vector<bool>& output_mask);
+StableIValue backward(const Network& network, Call& call, const Tensor& grad_output,
+                      const Tensor& saved, int64_t saved_numel,
+                      const std::vector<bool>& output_mask);
 
 }  // namespace fused_mlp

@@ -1,6 +1,7 @@
 // normalize on the CPU: any dimensions, brought into the form [outer, count, inner].
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 
 namespace fused_mlp {
 namespace {
@@ -68,22 +69,38 @@ Normalize describe(const Tensor& input, const View& view, double correction, dou
   return op;
 }
 
+// Returns the output; `op` says where mean and std go.
+Tensor run(const Tensor& input, const View& view, Normalize& op) {
+  const Tensor source = arranged(input, view);
+  const Tensor output = new_empty_cpu(source.sizes(), input.scalar_type());
+  op.input = elements_of(source);
+  op.output = output.mutable_data_ptr();
+  kernels().normalize(op);
+  return view.order.empty() ? output : as_contiguous(permute(output, view.inverse));
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, Dims dim, double correction,
                                              double eps) {
   const View view = view_of(input, dim);
   Normalize op = describe(input, view, correction, eps);
-  const Tensor source = arranged(input, view);
-  const Tensor output = new_empty_cpu(sizes_of(source), input.scalar_type());
   const Tensor mean = new_empty_cpu(view.statistics, accumulate_type(input));
   const Tensor std = new_empty_cpu(view.statistics, accumulate_type(input));
-  op.input = elements_of(source);
-  op.output = output.mutable_data_ptr();
   op.mean = mean.mutable_data_ptr();
   op.std = std.mutable_data_ptr();
-  kernels().normalize(op);
-  return {view.order.empty() ? output : as_contiguous(permute(output, view.inverse)), mean, std};
+  const Tensor output = run(input, view, op);
+  return {output, mean, std};
+}
+
+Tensor normalize_evaluate(const Tensor& input, Dims dim, double correction, double eps) {
+  const View view = view_of(input, dim);
+  Normalize op = describe(input, view, correction, eps);
+  const int64_t groups = view.outer * view.inner;
+  const Temporary<double> statistics(2 * groups);  // room for any dtype's
+  op.mean = statistics.data();
+  op.std = statistics.data() + groups;
+  return run(input, view, op);
 }
 
 Tensor normalize_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
@@ -100,7 +117,7 @@ Tensor normalize_backward(const Tensor& grad_output, const Tensor& input, const 
                   "normalize_backward: grad_output, mean or std do not fit input");
   const Tensor source = arranged(input, view), grad = arranged(grad_output, view);
   const Tensor centre = as_contiguous(mean), deviation = as_contiguous(std);
-  const Tensor result = new_empty_cpu(sizes_of(source), input.scalar_type());
+  const Tensor result = new_empty_cpu(source.sizes(), input.scalar_type());
   op.forward.input = elements_of(source);
   op.forward.mean = const_cast<void*>(elements_of(centre));
   op.forward.std = const_cast<void*>(elements_of(deviation));

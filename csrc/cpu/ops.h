@@ -11,6 +11,10 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input,
                                              std::optional<std::vector<int64_t>> dim,
                                              double correction, double eps);
 
+// The output alone.
+Tensor normalize_evaluate(const Tensor& input, std::optional<std::vector<int64_t>> dim,
+                          double correction, double eps);
+
 Tensor normalize_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
                           const Tensor& std, std::optional<std::vector<int64_t>> dim,
                           double correction, double eps);
@@ -74,13 +78,13 @@ std::tuple<Tensor, Tensor> research_net(
     std::optional<Tensor> num_batches_tracked, bool training, std::vector<double> dropout_p,
     const std::optional<Tensor>& seed, double momentum, double eps, double negative_slope);
 
-std::vector<Tensor> research_net_backward(const Tensor& grad_output, const Tensor& input,
-                                          std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                          const std::optional<Tensor>& bn_weight,
-                                          const std::optional<Tensor>& bn_bias, const Tensor& saved,
-                                          bool training, std::vector<double> dropout_p,
-                                          const std::optional<Tensor>& seed, double negative_slope,
-                                          std::vector<bool> output_mask);
+StableIValue research_net_backward(const Tensor& grad_output, const Tensor& input,
+                                   std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                   const std::optional<Tensor>& bn_weight,
+                                   const std::optional<Tensor>& bn_bias, const Tensor& saved,
+                                   bool training, std::vector<double> dropout_p,
+                                   const std::optional<Tensor>& seed, double negative_slope,
+                                   std::vector<bool> output_mask);
 
 // A network handed over once (prepared.cpp).
 Tensor research_net_prepare(std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -94,9 +98,9 @@ std::tuple<Tensor, Tensor> research_net_prepared(const Tensor& input, const Tens
 
 Tensor research_net_evaluate(const Tensor& input, const Tensor& prepared);
 
-std::vector<Tensor> research_net_prepared_backward(const Tensor& grad_output, const Tensor& input,
-                                                   const Tensor& saved, const Tensor& prepared,
-                                                   std::vector<bool> output_mask);
+StableIValue research_net_prepared_backward(const Tensor& grad_output, const Tensor& input,
+                                            const Tensor& saved, const Tensor& prepared,
+                                            std::optional<std::vector<bool>> output_mask);
 
 // A training step and the plan it runs: fused_mlp/training/plan.py makes and runs them.
 Tensor train_step_plan(std::vector<Tensor> weights, std::vector<Tensor> biases,

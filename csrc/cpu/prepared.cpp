@@ -47,6 +47,15 @@ int64_t saved_numel(const Network& network, Call& call) {
   return call.accumulate == ScalarType::Double ? numel + 2 : (numel + 1) / 2 * 2 + 4;
 }
 
+// All parameters that there are, and not the input.
+std::vector<bool> mask_of_parameters(const Network& network) {
+  std::vector<bool> mask(2 * network.weights.size() + 3, true);
+  mask.front() = false;
+  mask.end()[-2] = network.bn_weight.has_value();
+  mask.back() = network.bn_bias.has_value();
+  return mask;
+}
+
 // As fused_mlp/dropout.py: draw_seed.
 void draw_seed(int64_t* seed) {
   const Tensor drawn = new_empty_cpu({2}, ScalarType::Long);
@@ -101,14 +110,15 @@ Tensor research_net_evaluate(const Tensor& input, const Tensor& prepared) {
   return output;
 }
 
-std::vector<Tensor> research_net_prepared_backward(const Tensor& grad_output, const Tensor& input,
-                                                   const Tensor& saved, const Tensor& prepared,
-                                                   std::vector<bool> output_mask) {
+StableIValue research_net_prepared_backward(const Tensor& grad_output, const Tensor& input,
+                                            const Tensor& saved, const Tensor& prepared,
+                                            std::optional<std::vector<bool>> output_mask) {
   const Network& network = network_of(prepared);
   Call call = describe_backward(network, input);
   const int64_t numel = saved_numel(network, call);
   if (network.drops() && saved.numel() == numel) set_seed(network, seed_in(saved), call);
-  return backward(network, call, grad_output, saved, numel, output_mask);
+  return backward(network, call, grad_output, saved, numel,
+                  output_mask ? *output_mask : mask_of_parameters(network));
 }
 
 }  // namespace fused_mlp

@@ -34,13 +34,13 @@ std::tuple<Tensor, Tensor> research_net(
   return {output, saved};
 }
 
-std::vector<Tensor> research_net_backward(const Tensor& grad_output, const Tensor& input,
-                                          std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                          const std::optional<Tensor>& bn_weight,
-                                          const std::optional<Tensor>& bn_bias, const Tensor& saved,
-                                          bool training, std::vector<double> dropout_p,
-                                          const std::optional<Tensor>& seed, double negative_slope,
-                                          std::vector<bool> output_mask) {
+StableIValue research_net_backward(const Tensor& grad_output, const Tensor& input,
+                                   std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                   const std::optional<Tensor>& bn_weight,
+                                   const std::optional<Tensor>& bn_bias, const Tensor& saved,
+                                   bool training, std::vector<double> dropout_p,
+                                   const std::optional<Tensor>& seed, double negative_slope,
+                                   std::vector<bool> output_mask) {
   const Network network{std::move(weights),
                         std::move(biases),
                         bn_weight,

@@ -29,6 +29,25 @@ ScalarType accumulate_type(const Tensor& tensor);
 // 0.4 us more.
 Tensor new_empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
+// New tensors that an op gives back as a list. Torch is given the handles themselves: a vector of
+// Tensor counts one reference more for each and takes it back, 0.6 us for the gradients of a
+// network.
+class NewTensors {
+ public:
+  explicit NewTensors(size_t most) { handles_.reserve(most); }
+  NewTensors(const NewTensors&) = delete;
+  NewTensors& operator=(const NewTensors&) = delete;
+  ~NewTensors();
+
+  // Adds an uninitialized tensor and returns its elements.
+  void* add(IntHeaderOnlyArrayRef sizes, ScalarType dtype);
+  // What an op returns for Tensor[]; nothing is left here.
+  StableIValue release();
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
 // The sizes of a tensor, as a copy.
 std::vector<int64_t> sizes_of(const Tensor& tensor);
 

@@ -22,6 +22,7 @@ from ..ops._common import bound, grad_needed, mark_written
 from ..ops.batch_norm_act import apply_checked as apply_batch_norm_act
 from ..ops.batch_norm_leaky_relu import apply_checked as apply_batch_norm_leaky_relu
 from ..ops.batch_norm_leaky_relu import check as check_batch_norm
+from ..ops.fit import Fit, Variant
 from ..ops.linear_act import apply_checked as apply_linear_act
 from ..ops.linear_batch_norm_act import check as check_linear_batch_norm
 from ..ops.linear_relu import apply_checked as apply_linear_relu
@@ -30,7 +31,6 @@ from ..ops.over_group import batch_norm_leaky_relu as batch_norm_over_group
 from ..ops.research_net import check as check_research_net
 from ..ops.research_net import research_net as research_net_op
 from ..ops.research_net import run as run_research_net
-from .fit import Fit, Variant
 from .norm import NormState
 
 _research_net = bound(torch.ops.fused_mlp_kernels.research_net.default)

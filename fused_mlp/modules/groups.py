@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.modules import module as nn_module
 
 from .. import backends
+from ..ops.fit import Fit
 from . import attempt, snapshot
 from .behind import reader
-from .fit import Fit
 from .norm import SynchronizedForward, norm_state
 from .patterns import (
     BATCH_NORM_ACT,

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .. import functional
 from ..activations import RELU
+from ..ops.fit import Fit
 from . import attempt, tracing
 from .cache import CachingModule
-from .fit import Fit
 from .norm import norm_state
 
 

@@ -18,9 +18,9 @@ from torch.autograd.graph import increment_version
 
 from .. import backends
 from ..ops._common import bound, grad_needed
+from ..ops.fit import Check, make_check
 from ..ops.research_net import apply_checked
 from . import snapshot
-from .fit import Check, make_check
 
 _prepare = torch.ops.fused_mlp_kernels.research_net_prepare.default
 _forward = bound(torch.ops.fused_mlp_kernels.research_net_prepared.default)
@@ -69,7 +69,10 @@ class PreparedNet:
         self._buffers = tuple(buffer for buffer in buffers if buffer is not None)
         self._training = training
         self._drops = any(dropout_p)
-        self._call = (self._handle, None, None, (training, dropout_p, *arguments[9:]))
+        usual: tuple[bool, ...] = (False, False, *[True] * len(self._parameters))
+        if bn_weight is None:
+            usual = ()
+        self._call = (self._handle, usual, None, None, (training, dropout_p, *arguments[9:]))
         self._checks: tuple[Check, ...] = (make_check([input], 1),)
 
     def accept(self, input: Tensor) -> bool:
@@ -85,7 +88,7 @@ class PreparedNet:
         return self._unchanged(modules)
 
     def run(
-        self, input: Any, modules: Mapping[Any, Any], *containers: dict[str, Any]
+        self, input: Any, modules: Mapping[Any, Any], containers: tuple[dict[str, Any], ...] = ()
     ) -> Tensor | None:
         """Return the output, or None where the modules or the input are not what they were.
 
@@ -102,7 +105,9 @@ class PreparedNet:
         else:
             return None
         try:
-            if _is_grad_enabled() and grad_needed(input, *self._parameters):
+            if _is_grad_enabled() and (
+                self._parameters[0].requires_grad or grad_needed(input, *self._parameters)
+            ):
                 if _saved_tensor_hooks(True) is not None:  # checkpointing; see can_prepare
                     return None
                 output = apply_checked(self._call, input, *self._parameters)

@@ -74,7 +74,7 @@ class FusedResearchNet(nn.Module):
             layers = own["_modules"].get("research_layers")
             if type(layers) is FusedSequential:
                 inner = layers.__dict__
-                output = run_ready(inner, args[0], own, inner)
+                output = run_ready(inner, args[0], (own, inner))
                 if output is not None:
                     return output
         return super().__call__(*args, **kwargs)

@@ -95,7 +95,9 @@ class FusedSequential(CachingModule, nn.Sequential):
         return input
 
 
-def run_ready(sequential: dict[str, Any], input: Any, *containers: dict[str, Any]) -> Tensor | None:
+def run_ready(
+    sequential: dict[str, Any], input: Any, containers: tuple[dict[str, Any], ...] = ()
+) -> Tensor | None:
     """Return the output where all is as it was at an earlier call; else None.
 
     Args:
@@ -109,7 +111,7 @@ def run_ready(sequential: dict[str, Any], input: Any, *containers: dict[str, Any
     ready = plan.ready.get(plan.norm["training"])
     if ready is None:
         return None
-    output: Tensor | None = ready.run(input, sequential["_modules"], *containers)
+    output: Tensor | None = ready.run(input, sequential["_modules"], containers)
     return output
 
 

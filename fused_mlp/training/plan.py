@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from .. import backends
 from ..modules import snapshot
-from ..modules.fit import Fit
 from ..ops._common import bound
+from ..ops.fit import Fit
 from ..ops.research_net import check as check_research_net
 from . import losses
 from .errors import Ordinary

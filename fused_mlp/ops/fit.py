@@ -1,7 +1,8 @@
 """Whether a set of tensors may go to a kernel, remembered so that the next call asks in 1 µs.
 
 A kernel wants plain dense tensors of matching shape, dtype and device; everything else belongs
-to the plain modules, which compute or raise what eager PyTorch does. Parameters are read anew at
+to the plain modules, or to the op's own checks, which compute or raise what eager PyTorch does.
+Parameters are read anew at
 every call, since ``.data``, ``.to()``, ``resize_`` and ``load_state_dict(assign=True)`` change
 them under the same module.
 """
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ..ops._common import use_formula
+from . import _common
+from ._common import use_formula
 
 _TensorGuards: Any = None
 try:
@@ -49,12 +52,12 @@ class Fit:
 
     Args:
         feature_dim: the dimension of the input whose size the parameters fix; the others may
-            change from call to call.
+            change from call to call. Where it is None, all sizes of all tensors may.
     """
 
     __slots__ = ("_feature_dim", "_variants")
 
-    def __init__(self, feature_dim: int) -> None:
+    def __init__(self, feature_dim: int | None) -> None:
         self._feature_dim = feature_dim
         self._variants: tuple[Variant, ...] = ()
 
@@ -69,6 +72,23 @@ class Fit:
             if variant.check(*tensors):
                 return variant
         return None
+
+    def recognise(self, *tensors: Any) -> Variant | None:
+        """Return as :meth:`find`, for a functional call; None where the formula is to run."""
+        if forward_ad._current_level >= 0 or _common._formula_alone:
+            return None
+        for tensor in tensors:  # torch's own check ends the process at a nested one
+            if type(tensor) in _PLAIN and tensor.is_nested:
+                return None
+        return self.find(*tensors)
+
+    def remember(self, *tensors: Tensor | None) -> None:
+        """Admit tensors that an op has checked, as long as there is room.
+
+        Forgetting one kind for another could go on at every call, at 50 us each.
+        """
+        if len(self._variants) < _MAX_VARIANTS:
+            self.admit(tensors, lambda: None)
 
     def admit(
         self, tensors: Sequence[Any], validate: Callable[..., None], *arguments: Any
@@ -94,18 +114,21 @@ class Fit:
         return variant
 
 
-def make_check(tensors: Sequence[Tensor | None], feature_dim: int) -> Check:
+def make_check(tensors: Sequence[Tensor | None], feature_dim: int | None) -> Check:
     """Return what recognises these tensors, or such that differ in the input's free sizes alone.
 
     Args:
         tensors: the input first.
-        feature_dim: the dimension of the input whose size is fixed.
+        feature_dim: the dimension of the input whose size is fixed, if any is.
     """
-    sizes = [list(t.shape) for t in tensors if t is not None]
-    feature_dim %= len(sizes[0])
-    free_sizes: list[Any] = [None] * len(sizes[0])
-    free_sizes[feature_dim] = sizes[0][feature_dim]
-    sizes[0] = free_sizes
+    sizes: list[Any] = [list(t.shape) for t in tensors if t is not None]
+    if feature_dim is None:
+        sizes = [[None] * len(s) for s in sizes]
+    else:
+        feature_dim %= len(sizes[0])
+        free_sizes = [None] * len(sizes[0])
+        free_sizes[feature_dim] = sizes[0][feature_dim]
+        sizes[0] = free_sizes
     present = [t is not None for t in tensors]
     given = [t for t in tensors if t is not None]
     if _TensorGuards is None:
