@@ -54,7 +54,10 @@ def _centre(x: Tensor, dims: list[int], keepdim: bool) -> tuple[Tensor, Tensor]:
     shifted = x - first
     mean = shifted.mean(dims, keepdim=True)
     centred = shifted - mean
-    mean = first + mean
+    # What the first sum lost, where torch adds up outer dimensions one rounding a term.
+    lost = centred.mean(dims, keepdim=True)
+    centred = centred - lost
+    mean = first + (mean + lost)
     return mean if keepdim else mean.squeeze(dims), centred
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from fused_mlp import (
     BatchNormLeakyReLU,
+    FusedResearchNet,
+    FusedSequential,
     LinearReLU,
     Normalize,
 )
@@ -92,3 +94,36 @@ def test_single_layers_compile_copy_and_show_their_options(device, layer):
     torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), expected)
     assert any(word in repr(layer) for word in ("dropout=0.0", "negative_slope=0.01", "dim=None"))
+
+
+NESTED = {
+    "research_net": lambda: FusedResearchNet(10, [64, 32], 5),
+    "linear_relu": lambda: FusedSequential(nn.Linear(10, 5), nn.ReLU()),
+    "linear_act": lambda: FusedSequential(nn.Linear(10, 5), nn.Tanh(), nn.Dropout(0.2)),
+    "batch_norm_act": lambda: FusedSequential(nn.BatchNorm1d(10), nn.ReLU()),
+    "linear_batch_norm_act": lambda: FusedSequential(nn.Linear(10, 5), nn.BatchNorm1d(5)),
+    "LinearReLU": lambda: LinearReLU(10, 5),
+    "BatchNormLeakyReLU": lambda: BatchNormLeakyReLU(10),
+    "Normalize": Normalize,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("kind", NESTED)
+def test_nested_tensor_after_plain_ones(
+    device: torch.device, kind: str, layout: torch.layout, gradients: bool
+) -> None:
+    """What recognises inputs seen before is torch's, and ends the process at a nested one."""
+    module = NESTED[kind]().to(device).eval()
+    parts = [torch.randn(n, 10, device=device) for n in (2, 3)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    with torch.set_grad_enabled(gradients):
+        expected = [module(part) for part in parts]
+        try:
+            outputs = module(nested).unbind()
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return  # as torch's own batch norm, which takes none
+        for output, one in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(output, one, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from .. import backends
 from ..ops._common import bound, grad_needed
-from ..ops.fit import Check, make_check
+from ..ops.fit import Check, is_nested, make_check
 from ..ops.research_net import apply_checked
 from . import snapshot
 
@@ -98,6 +98,8 @@ class PreparedNet:
             containers: the ``__dict__`` of modules around the network whose hooks would not run.
         """
         if forward_ad._current_level >= 0 or not self._unchanged(modules, *containers):
+            return None
+        if is_nested(input):
             return None
         for check in self._checks:
             if check(input):

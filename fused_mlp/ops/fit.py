@@ -2,9 +2,8 @@
 
 A kernel wants plain dense tensors of matching shape, dtype and device; everything else belongs
 to the plain modules, or to the op's own checks, which compute or raise what eager PyTorch does.
-Parameters are read anew at
-every call, since ``.data``, ``.to()``, ``resize_`` and ``load_state_dict(assign=True)`` change
-them under the same module.
+Parameters are read anew at every call, since ``.data``, ``.to()``, ``resize_`` and
+``load_state_dict(assign=True)`` change them under the same module.
 """
 
 from __future__ import annotations
@@ -68,6 +67,8 @@ class Fit:
             tensors: the input first, then parameters and buffers; None where there is none.
                 Always as many of them for one ``Fit``.
         """
+        if is_nested(tensors[0]):
+            return None
         for variant in self._variants:
             if variant.check(*tensors):
                 return variant
@@ -77,8 +78,8 @@ class Fit:
         """Return as :meth:`find`, for a functional call; None where the formula is to run."""
         if forward_ad._current_level >= 0 or _common._formula_alone:
             return None
-        for tensor in tensors:  # torch's own check ends the process at a nested one
-            if type(tensor) in _PLAIN and tensor.is_nested:
+        for tensor in tensors[1:]:
+            if is_nested(tensor):
                 return None
         return self.find(*tensors)
 
@@ -114,11 +115,16 @@ class Fit:
         return variant
 
 
+def is_nested(tensor: Any) -> bool:
+    """Return whether this is a nested tensor, at which torch's own check ends the process."""
+    return type(tensor) in _PLAIN and tensor.is_nested
+
+
 def make_check(tensors: Sequence[Tensor | None], feature_dim: int | None) -> Check:
     """Return what recognises these tensors, or such that differ in the input's free sizes alone.
 
     Args:
-        tensors: the input first.
+        tensors: the input first. What is checked later must not be nested.
         feature_dim: the dimension of the input whose size is fixed, if any is.
     """
     sizes: list[Any] = [list(t.shape) for t in tensors if t is not None]
