@@ -356,6 +356,20 @@ def test_infinite_gradient_spoils_all_parameters_when_clipped():
     assert_same_training(step, twin, [(x, y)], fused=NATIVE, equal_nan=True, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("place", ["input", "target"])
+def test_nested_tensor_after_plain_ones(place, layout):
+    network = FusedResearchNet(10, [16, 8], 4)
+    step = TrainStep(network, nn.MSELoss(), SGD(network.parameters(), 0.1))
+    given = {"input": torch.randn(6, 10), "target": torch.randn(6, 4)}
+    for _ in range(2):
+        step(*given.values())
+    given[place] = torch.nested.nested_tensor(list(given[place].split(3)), layout=layout)
+    with pytest.raises((RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)):
+        step(*given.values())
+
+
 def test_functions_of_torch_are_known_losses():
     for loss in (nn.functional.cross_entropy, nn.functional.mse_loss):
         step, twin = both(ADAM, loss)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .. import backends
 from ..modules import snapshot
 from ..ops._common import bound
-from ..ops.fit import Fit
+from ..ops.fit import Fit, is_nested
 from ..ops.research_net import check as check_research_net
 from . import losses
 from .errors import Ordinary
@@ -126,8 +126,10 @@ class Plan:
             not self._unchanged(network.children)
             or not network.holds()
             or not optimizer.holds()
+            or is_nested(input)
             or not self._check(input, *self._tensors)
             or type(target) is not Tensor
+            or target.is_nested
             or target.requires_grad
             or not _autograd_is_plain()
         ):
