@@ -137,6 +137,17 @@ def test_tanh_behind_dropout_in_half_precision(device: torch.device, dtype: torc
     check_case(case)
 
 
+def test_equal_values_at_the_zero_of_gelus_derivative(device: torch.device) -> None:
+    """Sixty-five outputs that are one: what torch errs is that one's luck, not their average."""
+    generator = torch.Generator().manual_seed(124)
+    x = torch.randn(1, generator=generator)
+    weight = torch.randn(1, 65, generator=generator) * 65**-0.5
+    bias = -0.75179 - x * weight.sum() + 1e-3 * torch.randn(1, generator=generator)
+    torch.manual_seed(0)
+    tensors = (x.expand(65), weight.expand(65, 65), bias.expand(65))
+    check_case(act_case("gelu", (65,), 65, device=device), [t.to(device) for t in tensors])
+
+
 def test_linear_relu_is_the_special_case(device: torch.device) -> None:
     tensors = list(linear_case((33, 20), 17, device=device).tensors.values())
     assert torch.equal(linear_act(*tensors, "relu"), linear_relu(*tensors))
