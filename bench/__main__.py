@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fused_mlp.command_line import run
+
 from .errors import BenchError
 
 # Module and function; imported when asked for, since some need what others do without.
@@ -51,4 +53,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

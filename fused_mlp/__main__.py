@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from .command_line import run
+
 _USAGE = """\
 usage: python -m fused_mlp COMMAND [options]
 
@@ -34,4 +36,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -97,7 +97,9 @@ OPS = ("normalize", "linear_relu", "batch_norm_leaky_relu", "research_net")
 ACTIVATIONS = ("linear_act", "batch_norm_act")
 GROUPS = {
     "reference": Group(
-        ("fused_mlp/reference.py", "fused_mlp/dropout.py"), 26, {"FUSED_MLP_BACKEND": "reference"}
+        tuple(f"fused_mlp/{name}.py" for name in ("reference", "dropout", "activations")),
+        26,
+        {"FUSED_MLP_BACKEND": "reference"},
     ),
     "autograd": Group(
         tuple(f"fused_mlp/ops/{name}.py" for name in (*OPS, *ACTIVATIONS, "over_group")),

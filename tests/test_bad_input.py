@@ -9,15 +9,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.mistakes import FUNCTIONS, Function, bytes_of, outcome
+from support.wrong_arguments import OPS
 from torch import Tensor, nn
 
 import fused_mlp
 from fused_mlp.functional import batch_norm_leaky_relu, linear_relu
+from fused_mlp.ops import schemas
 
 MISTAKES = [
     pytest.param(function, argument, given, id=f"{function.name}-{argument}-{given}")
@@ -27,6 +30,7 @@ MISTAKES = [
 # Where the type is not torch's: by argument and what is given, with torch's and the reason.
 METHOD = "AttributeError, where torch calls a method on whatever it was given"
 INDEX = "IndexError, from the list of the code it is compared with"
+JAGGED = "ValueError, from the product of nested tensors, which wants a nested input"
 DIFFERENT = {
     ("input", "None"): METHOD,
     ("input", "a list"): METHOD,
@@ -42,6 +46,10 @@ DIFFERENT = {
     ("weights", "a tensor"): "RuntimeError, about the first product",
     ("biases", "one less"): INDEX,
     ("biases", "none"): INDEX,
+    ("weight", "jagged"): JAGGED,
+    ("bias", "jagged"): JAGGED,
+    ("weights[1]", "jagged"): JAGGED,
+    ("biases[1]", "jagged"): JAGGED,
 }
 
 
@@ -60,10 +68,9 @@ def test_mistake(function: Function, argument: str, given: str) -> None:
         return
     assert bytes_of(arguments) == before
     assert isinstance(ours, (TypeError, ValueError, RuntimeError, IndexError)), repr(ours)
-    if given != "nested":  # torch's own message: it has no shape to speak of
-        assert str(ours).startswith(f"{function.name}(): "), str(ours)
-        named = (argument.split("[")[0], "weight", "input", "running_mean", "dense tensors")
-        assert any(name in str(ours) for name in named), str(ours)
+    assert str(ours).startswith(f"{function.name}(): "), str(ours)
+    named = (argument.split("[")[0], "weight", "input", "running_mean", "dense tensors")
+    assert any(name in str(ours) for name in named), str(ours)
     if isinstance(torchs, Exception) and (argument, given) not in DIFFERENT:
         # NotImplementedError is a RuntimeError.
         assert isinstance(torchs, type(ours)), f"{ours!r}, but torch raises {torchs!r}"
@@ -79,6 +86,55 @@ def test_mistake_through_torch_ops(function: Function, argument: str, given: str
         assert bytes_of(arguments) == before
     direct = outcome(function.ours, arguments_of(function, argument, given))
     assert isinstance(through_op, Exception) == isinstance(direct, Exception), repr(through_op)
+
+
+RAW = [op for namespace, op in OPS if namespace == schemas.KERNELS]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("op", RAW)
+def test_nested_tensors_in_raw_kernels(
+    device: torch.device, op: str, layout: torch.layout, grad_mode: type
+) -> None:
+    x = torch.ones(4, 4, device=device)
+    nested = torch.nested.nested_tensor([x, x[:2]], layout=layout)
+    plain = {"Tensor": x, "List[Tensor]": [x, x], "bool": True, "int": 1, "float": 0.5}
+    kernel = getattr(torch.ops.fused_mlp_kernels, op).default
+    arguments = kernel._schema.arguments
+    values = [plain.get(str(a.type), [] if "List" in str(a.type) else None) for a in arguments]
+    for place, value in enumerate(values):
+        name = arguments[place].name
+        if isinstance(value, Tensor):
+            wrong: Any = nested
+        elif isinstance(value, list) and value:
+            wrong, name = [x, nested], rf"{name}\[1\]"
+        else:
+            continue
+        given = [*values[:place], wrong, *values[place + 1 :]]
+        with grad_mode(), pytest.raises(RuntimeError, match=rf"^{op}\(\): {name} must .* nested"):
+            kernel(*given)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fused_mlp.FusedResearchNet(4, [8, 8], 2),
+        lambda: fused_mlp.FusedSequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU()),
+        lambda: fused_mlp.BatchNormLeakyReLU(4),
+        fused_mlp.Normalize,
+    ],
+)
+def test_nested_tensors_in_modules(device: torch.device, make, training: bool) -> None:
+    """Those that take none; LinearReLU does, as nn.Linear, nn.ReLU and nn.Dropout do."""
+    module, x = make().to(device).train(training), torch.randn(6, 4, device=device)
+    module(x)
+    with pytest.raises(RuntimeError, match="input must be a dense tensor, but got a nested"):
+        module(torch.nested.nested_tensor([x, x[:2]]))
+    module(torch.nested.nested_tensor([x[:2], x[:1]]).to_padded_tensor(0.0).flatten(0, 1))
 
 
 @pytest.mark.parametrize("momentum", [-1.0, 0.0, 2.0])

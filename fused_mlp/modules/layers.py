@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .. import functional
 from ..activations import RELU
+from ..ops import nested
 from ..ops.fit import Fit
 from . import attempt, tracing
 from .cache import CachingModule
@@ -136,7 +137,11 @@ class BatchNormLeakyReLU(CachingModule, _NormBase):
         return self._plain(input) if output is None else output
 
     def _plain(self, input: Tensor) -> Tensor:
-        output = nn.BatchNorm1d.forward(self, input)  # type: ignore[arg-type]
+        try:
+            output = nn.BatchNorm1d.forward(self, input)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            nested.explain(type(self).__name__, input, error)
+            raise
         return F.leaky_relu(output, self.negative_slope)
 
     def _check_input_dim(self, input: Tensor) -> None:

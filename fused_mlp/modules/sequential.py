@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..ops import nested
 from . import tracing
 from .cache import CachingModule
 from .groups import ResearchNetGroup, Step, make_step
@@ -90,9 +91,14 @@ class FusedSequential(CachingModule, nn.Sequential):
             # for itself what it equals (a dataclass) cannot be told from one put in its place.
             if all(kind.__eq__ is object.__eq__ for kind in kinds):
                 self.__dict__["_cache"] = plan
-        for step in plan.steps:
-            input = step(input)
-        return input
+        output = input
+        try:
+            for step in plan.steps:
+                output = step(output)
+        except RuntimeError as error:
+            nested.explain(type(self).__name__, input, error)
+            raise
+        return output
 
 
 def run_ready(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import notice
+from . import nested
 from .schemas import KERNELS, kernels_library
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -140,13 +141,18 @@ def check_tensor(op: str, name: str, value: Any) -> None:
 
 
 def check_floating(op: str, name: str, value: Tensor) -> None:
-    """Raise unless ``value`` is a dense tensor of a floating dtype the kernels know."""
+    """Raise unless ``value`` is a dense tensor of a floating dtype the kernels know.
+
+    Of nested tensors those of torch's older layout pass: :func:`nested.shape_of` refuses them.
+    """
     if value.dtype not in FLOATING:
         raise RuntimeError(
             f"{op}(): {name} must be float32, float64, bfloat16 or float16, but got "
             f"{value.dtype}; convert it, for example with {name}.float()"
         )
     if value.layout != torch.strided:
+        if value.is_nested:
+            nested.refuse(op, name)
         raise RuntimeError(
             f"{op}(): {name} must be a dense tensor, but got layout {value.layout}; "
             f"convert it with {name}.to_dense()"
@@ -162,10 +168,11 @@ def check_like(
         mixed: allow float32 beside a half-precision input, as batch norm does.
     """
     check_tensor(op, name, value)
-    if tuple(value.shape) != shape:
+    given = nested.shape_of(op, name, value)
+    if given != shape:
         raise RuntimeError(
             f"{op}(): {name} must have shape {shape} to go with input of shape "
-            f"{tuple(input.shape)}, but got {tuple(value.shape)}"
+            f"{tuple(input.shape)}, but got {given}"
         )
     if value.dtype != input.dtype and not (
         mixed and value.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)

@@ -26,6 +26,7 @@ from ._common import (
     spread,
     use_formula,
 )
+from .nested import shape_of
 from .schemas import public_library
 
 _forward = bound(torch.ops.fused_mlp_kernels.batch_norm_leaky_relu.default)
@@ -185,13 +186,14 @@ def check_tensors(
     """Raise as :func:`check`, but take any number of rows."""
     check_tensor(op, "input", input)
     check_floating(op, "input", input)
-    if input.dim() not in (2, 3):
+    shape = shape_of(op, "input", input)
+    if len(shape) not in (2, 3):
         raise ValueError(
-            f"{op}(): expected 2D or 3D input, (N, C) or (N, C, L), but got {input.dim()}D input "
-            f"of shape {tuple(input.shape)}"
+            f"{op}(): expected 2D or 3D input, (N, C) or (N, C, L), but got {len(shape)}D input "
+            f"of shape {shape}"
         )
     check_norm(
-        op, input, input.shape[1], running_mean, running_var, weight, bias, training, eps,
+        op, input, shape[1], running_mean, running_var, weight, bias, training, eps,
         num_batches_tracked,
     )  # fmt: skip
 

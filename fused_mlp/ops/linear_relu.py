@@ -26,6 +26,7 @@ from ._common import (
     use_formula,
 )
 from .fit import Fit
+from .nested import shape_of
 from .schemas import public_library
 
 _forward = bound(torch.ops.fused_mlp_kernels.linear_relu.default)
@@ -117,19 +118,19 @@ def check(
     check_tensor(op, "input", input)
     check_tensor(op, "weight", weight)
     check_floating(op, "input", input)
-    if weight.dim() != 2:
+    given, shape = shape_of(op, "input", input), shape_of(op, "weight", weight)
+    if len(shape) != 2:
         raise RuntimeError(
-            f"{op}(): weight must have shape (out_features, in_features), but got "
-            f"{tuple(weight.shape)}"
+            f"{op}(): weight must have shape (out_features, in_features), but got {shape}"
         )
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+    if not given or given[-1] != shape[1]:
         raise RuntimeError(
-            f"{op}(): input must have shape (*, in_features) with in_features = {weight.shape[1]}"
-            f" to go with weight of shape {tuple(weight.shape)}, but got {tuple(input.shape)}"
+            f"{op}(): input must have shape (*, in_features) with in_features = {shape[1]}"
+            f" to go with weight of shape {shape}, but got {given}"
         )
-    check_like(op, "weight", weight, input, tuple(weight.shape))
+    check_like(op, "weight", weight, input, shape)
     if bias is not None:
-        check_like(op, "bias", bias, input, (weight.shape[0],))
+        check_like(op, "bias", bias, input, shape[:1])
     check_probability(op, "dropout_p", dropout_p)
     check_seed(op, seed, input)
 

@@ -21,6 +21,7 @@ from ._common import (
     use_formula,
 )
 from .fit import Fit
+from .nested import shape_of
 from .schemas import public_library
 
 _forward = bound(torch.ops.fused_mlp_kernels.normalize.default)
@@ -117,7 +118,8 @@ def check_arguments(
         check_number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}(): eps must not be negative, but got {eps}")
-    rank = input.dim()
+    shape = shape_of(op, "input", input)
+    rank = len(shape)
     dims: list[int] = []
     if dim is None or len(dim) == 0:  # torch.std takes an empty tuple for every dimension
         count = input.numel()
@@ -135,7 +137,7 @@ def check_arguments(
                 raise RuntimeError(f"{op}(): dim {d} appears multiple times in the list of dims")
             if rank:
                 dims.append(d % rank)
-                count *= input.shape[d]
+                count *= shape[d]
     return sorted(dims) or None, count
 
 

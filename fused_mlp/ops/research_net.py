@@ -33,6 +33,7 @@ from ._common import (
 )
 from .batch_norm_leaky_relu import batch_norm_leaky_relu, check_norm
 from .linear_relu import linear_relu
+from .nested import shape_of
 from .schemas import public_library
 
 _forward = torch.ops.fused_mlp_kernels.research_net.default
@@ -261,6 +262,7 @@ def check(
     op = "research_net"
     check_tensor(op, "input", input)
     check_floating(op, "input", input)
+    given = shape_of(op, "input", input)
     layers = len(weights)
     if layers < 2 or len(biases) != layers or len(dropout_p) != layers - 2:
         raise ValueError(
@@ -268,28 +270,29 @@ def check(
             f"probabilities, but got {layers} weights, {len(biases)} biases and {len(dropout_p)} "
             "probabilities"
         )
-    if input.dim() != 2:
+    if len(given) != 2:
         raise ValueError(
-            f"{op}(): expected 2D input (N, in_features), but got {input.dim()}D input of shape "
-            f"{tuple(input.shape)}"
+            f"{op}(): expected 2D input (N, in_features), but got {len(given)}D input of shape "
+            f"{given}"
         )
-    features = input.shape[1]
+    features = given[1]
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         check_tensor(op, f"weights[{layer}]", weight)
-        if weight.dim() != 2 or weight.shape[1] != features:
+        shape = shape_of(op, f"weights[{layer}]", weight)
+        if len(shape) != 2 or shape[1] != features:
             raise RuntimeError(
                 f"{op}(): weights[{layer}] must have shape (out_features, {features}) to take "
-                f"what comes before it, but got {tuple(weight.shape)}"
+                f"what comes before it, but got {shape}"
             )
-        check_like(op, f"weights[{layer}]", weight, input, tuple(weight.shape))
-        features = weight.shape[0]
+        check_like(op, f"weights[{layer}]", weight, input, shape)
+        features = shape[0]
         check_like(op, f"biases[{layer}]", bias, input, (features,))
     channels = weights[-2].shape[0]
     check_norm(
         op, input, channels, running_mean, running_var, bn_weight, bn_bias, training, eps,
         num_batches_tracked, "bn_",
     )  # fmt: skip
-    if training and input.shape[0] == 1:
+    if training and given[0] == 1:
         raise ValueError(
             f"{op}(): expected more than 1 value per channel when training, got input size "
             f"{torch.Size([1, channels])}"

@@ -26,10 +26,10 @@ def _quantized(t: Tensor) -> Tensor:
         return torch.quantize_per_tensor(t, 0.1, 0, torch.quint8)
 
 
-def _nested(t: Tensor) -> Tensor:
+def _nested(t: Tensor, layout: torch.layout) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.nested.nested_tensor([t, t])
+        return torch.nested.nested_tensor([t, t], layout=layout)
 
 
 # In place of a tensor: what it is, and how it is made of the right one.
@@ -47,7 +47,8 @@ INSTEAD: dict[str, Callable[[Tensor], Any]] = {
     "sparse COO": lambda t: t.to_sparse(),
     "sparse CSR": lambda t: torch.atleast_2d(t).to_sparse_csr(),
     "quantized": _quantized,
-    "nested": _nested,
+    "nested": lambda t: _nested(t, torch.strided),
+    "jagged": lambda t: _nested(t, torch.jagged),
     "MKL-DNN": lambda t: t.to_mkldnn(),
     "on another device": lambda t: t.to("meta"),
     "a dimension more": lambda t: t[None].expand(2, *t.shape),
