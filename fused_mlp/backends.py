@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.library import Library
 
 from . import _build, notice, reference
-from .ops.schemas import KERNEL_SCHEMAS, KERNELS, kernels_library
+from .ops.schemas import COMPILED_SCHEMAS, KERNEL_SCHEMAS, KERNELS, kernels_library
 
 NAMES = ("auto", "native", "triton", "reference")
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -300,7 +300,7 @@ def _register(library: Library, key: str, find: Callable[[str], Callable[..., An
     with warnings.catch_warnings():
         # Torch warns of an override, which is the purpose here.
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for kernel in KERNEL_SCHEMAS:
+        for kernel in KERNEL_SCHEMAS | COMPILED_SCHEMAS:
             library.impl(kernel, find(kernel), key, allow_override=True)
 
 
@@ -395,7 +395,7 @@ def saved_numel(
     weights: Sequence[Tensor],
     training: bool,
     dropout_p: Sequence[float],
-    seed: Tensor | None,
+    seeded: bool,
 ) -> int:
     """Return how many elements research_net's ``saved`` has on the active backend.
 
@@ -417,7 +417,7 @@ def saved_numel(
         width = weights[layer].shape[0]
         if layer > 0 or wide or weights[0].shape[1] > CPU_RECOMPUTE_WIDTH:
             numel += rows * width
-        elif p > 0 and seed is not None:
+        elif p > 0 and seeded:
             numel += -(-rows * -(-width // 8) // itemsize)
     return numel
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .recompute import replay_draw
+
 DECISION_BITS = 16
 COLUMNS_PER_COUNTER = 8
 
@@ -22,7 +24,9 @@ _LOW32 = 0xFFFFFFFF
 
 def draw_seed(device: torch.device | str) -> Tensor:
     """Return a fresh seed, int64 of shape (2,), from the default generator of ``device``."""
-    return torch.empty(2, dtype=torch.int64, device=device).random_()
+    seed = torch.empty(2, dtype=torch.int64, device=device).random_()
+    replay_draw()
+    return seed
 
 
 def threshold(p: float) -> int:

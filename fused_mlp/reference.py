@@ -436,6 +436,12 @@ def linear_batch_norm_act(
 
 # ---------------------------------------------------------------------------- research_net
 
+# A graph holds what one backend keeps for backward.
+_COMPILED = (
+    "research_net(): this graph was compiled for the native CPU backend, which does not run now; "
+    "compile again after torch.compiler.reset()"
+)
+
 
 def _hidden_activations(
     input: Tensor,
@@ -561,3 +567,33 @@ def research_net_backward(
         grad_biases.insert(0, grad_bias)
     everything = [grad, *grad_weights, *grad_biases, grad_bn_weight, grad_bn_bias]
     return [g for g, wanted in zip(everything, output_mask, strict=True) if wanted]
+
+
+def research_net_compiled(
+    input: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], options: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    raise RuntimeError(_COMPILED)
+
+
+def research_net_compiled_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    saved: Tensor,
+    options: Sequence[float],
+    output_mask: int,
+) -> list[Tensor]:
+    raise RuntimeError(_COMPILED)
+
+
+def research_net_compiled_evaluate(
+    input: Tensor, tensors: Sequence[Tensor], eps: float, negative_slope: float
+) -> Tensor:
+    *parameters, running_mean, running_var = tensors
+    layers = sum(parameter.dim() == 2 for parameter in parameters)
+    bn_weight, bn_bias = parameters[2 * layers :] or (None, None)
+    return research_net(
+        input, parameters[:layers], parameters[layers : 2 * layers], bn_weight, bn_bias,
+        running_mean, running_var, None, False, [0.0] * (layers - 2), None, 0.0, eps,
+        negative_slope,
+    )[0]  # fmt: skip

@@ -14,6 +14,9 @@ from support.drop_in import KINDS, drop_in, rows
 from support.networks import assert_same_step
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fused_mlp import FusedResearchNet, use_backend
+from fused_mlp.backends import active_backend
+
 pytestmark = pytest.mark.usefixtures("target")
 kinds = pytest.mark.parametrize("kind", KINDS)
 modes = pytest.mark.parametrize("mode", ["train", "eval"])
@@ -143,20 +146,59 @@ def test_compiled_dropout_follows_the_module_through_a_whole_step(device, in_eva
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-def test_checkpoint_inside_a_graph_repeats_the_dropout_mask(device):
-    _, fused = pair_in("FusedResearchNet", "train", device, dropout=0.5)
+def save_nothing(ctx, op, *args, **kwargs):
+    return torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_matrix_products(ctx, op, *args, **kwargs):
+    policy = torch.utils.checkpoint.CheckpointPolicy
+    return policy.MUST_SAVE if op == torch.ops.aten.mm.default else policy.MUST_RECOMPUTE
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("policy", "backend"),
+    [(None, "aot_eager"), (save_nothing, "aot_eager"), (save_matrix_products, "aot_eager"),
+     pytest.param(None, "inductor", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_checkpoint_inside_a_graph_repeats_the_dropout_mask(kind, policy, backend, device):
+    _, fused = pair_in(kind, "train", device, dropout=0.5)
+    options = {"use_reentrant": False}
+    if policy is not None:
+        options["context_fn"] = functools.partial(
+            torch.utils.checkpoint.create_selective_checkpoint_contexts, policy
+        )
 
     def step(x, keep):
-        run = functools.partial(torch.utils.checkpoint.checkpoint, fused, use_reentrant=False)
-        return (fused if keep else run)(x).square().sum()
+        run = functools.partial(torch.utils.checkpoint.checkpoint, fused, **options)
+        return (fused if keep else run)(x.sin()).square().sum()
 
     gradients = []
     for keep in (True, False):
         torch.manual_seed(11)
         x = rows(device=device).requires_grad_()
-        torch.compile(step, fullgraph=True)(x, keep).backward()
-        gradients.append(x.grad)
+        fused.zero_grad()
+        torch.compile(step, fullgraph=True, backend=backend)(x, keep).backward()
+        gradients.append([x.grad, *(p.grad for p in fused.parameters())])
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@kinds
+@pytest.mark.parametrize(
+    "option",
+    [{"activation_memory_budget": 0.0}, {"activation_memory_budget": 0.3},
+     {"aggressive_recomputation": True}, {"ban_recompute_not_in_allowlist": False}],
+    ids=str,
+)  # fmt: skip
+def test_a_partitioner_that_saves_memory_keeps_the_dropout_mask(kind, option, device):
+    _, fused = pair_in(kind, "train", device, dropout=0.5)
+    results = []
+    for net in (copy.deepcopy(fused), Compiled(copy.deepcopy(fused), backend="aot_eager")):
+        torch.manual_seed(11)
+        with torch._functorch.config.patch(option):
+            net(rows(device=device)).square().sum().backward()
+        results.append([p.grad for _, p in net.named_parameters()])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 @kinds
@@ -179,9 +221,8 @@ def test_module_compiled_in_place_runs_the_fused_ops(kind, device):
     with torch.profiler.profile() as profile:
         fused(rows(device=device))
     seen = [event.name for event in profile.events()]
-    assert [name for name in seen if name.startswith("fused_mlp_kernels::")] == [
-        f"fused_mlp_kernels::{name}" for name in KINDS[kind]
-    ]
+    kernels = [name for name in seen if name.startswith("fused_mlp_kernels::")]
+    assert [name.split("::")[1].removesuffix("_compiled") for name in kernels] == KINDS[kind]
 
 
 @kinds
@@ -193,3 +234,93 @@ def test_compiled_gradient_penalty_in_an_eager_backward_is_refused_as_for_eager(
         (slope,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="does not currently support double backward"):
             slope.square().sum().backward()
+
+
+# ------------------------------------------------------------- the CPU library's ops for graphs
+
+
+def change(net, what):
+    """Return the network with something of its batch norm, parameters or dtype changed."""
+    *_, linear, norm, _, last = net.research_layers
+    if what == "no affine":
+        norm.weight = norm.bias = None
+    elif what == "norm bias alone":
+        norm.weight = None
+    elif what == "no statistics":
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    elif what == "norm in evaluation":
+        norm.eval()
+    elif what == "frozen":
+        linear.weight.requires_grad_(False)
+        last.bias.requires_grad_(False)
+        norm.weight.requires_grad_(False)
+    elif what == "all frozen":
+        net.requires_grad_(False)
+    elif what != "nothing":
+        net.to(getattr(torch, what))
+    return net
+
+
+CHANGES = ["nothing", "no affine", "norm bias alone", "no statistics", "norm in evaluation",
+           "frozen", "all frozen", "float64", "bfloat16", "float16"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("what", "hidden", "backend"),
+    [
+        ("nothing", [16, 12], "inductor"),
+        ("nothing", [12], "aot_eager"),
+        ("nothing", [9, 40, 300, 12], "aot_eager"),
+        *((what, [16, 12], "aot_eager") for what in CHANGES[1:]),
+    ],
+    ids=str,
+)
+def test_compiled_step_is_the_modules_step(what, hidden, backend, device):
+    """Bit by bit where both run the kernels of one library: outputs, gradients, buffers, masks."""
+    torch.manual_seed(0)
+    fused = change(FusedResearchNet(10, hidden, 5, dropout=0.4, device=device), what)
+    dtype = next(fused.parameters()).dtype
+    compiled = copy.deepcopy(fused)
+    results = []
+    for net in (fused, Compiled(compiled, backend=backend)):
+        torch.manual_seed(11)
+        found = []
+        for _ in range(2):
+            x = rows(device=device).to(dtype).requires_grad_()
+            net(x).square().sum().backward()
+            found.append(x.grad)
+        results.append(found)
+    for net, found in zip((fused, compiled), results, strict=True):
+        found += [p.grad for p in net.parameters()] + list(net.buffers())
+        with torch.no_grad():
+            evaluate = net.eval()
+            if net is compiled:
+                evaluate = torch.compile(net, fullgraph=True, backend=backend)
+            found.append(evaluate(rows(device=device).to(dtype)))
+    exact = {"rtol": 0, "atol": 0} if active_backend(device.type) == "native" else {}
+    torch.testing.assert_close(results[1], results[0], **exact)
+
+
+def kernels_of(net, x):
+    with torch.profiler.profile() as profile:
+        net(x)
+    return [event.name for event in profile.events() if "fused_mlp_kernels::" in event.name]
+
+
+@modes
+def test_graph_holds_the_librarys_own_op(mode, device):
+    if (device.type, active_backend("cpu")) != ("cpu", "native"):
+        pytest.skip("the CPU library has these ops")
+    _, fused = pair_in("FusedResearchNet", mode, device, dropout=0.5)
+    compiled = torch.compile(fused, fullgraph=True)
+    with torch.set_grad_enabled(mode == "train"):
+        compiled(rows())
+        op = "research_net_compiled" + ("" if mode == "train" else "_evaluate")
+        assert kernels_of(compiled, rows()) == [f"fused_mlp_kernels::{op}"]
+        with use_backend("reference"):
+            if mode == "eval":  # any backend computes it
+                torch.testing.assert_close(compiled(rows()), fused(rows()))
+            else:
+                with pytest.raises(RuntimeError, match=r"compile again.*torch\.compiler\.reset"):
+                    compiled(rows())

@@ -57,6 +57,8 @@ def make_network(kind, dtype=torch.float64):
         net = FusedSequential(
             LinearReLU(10, 64), nn.Linear(64, 32), BatchNormLeakyReLU(32), nn.Linear(32, 5)
         )
+    elif kind == "sequential":
+        net = FusedSequential(*IntelligentResearchNetwork(*WIDTHS).research_layers)
     elif kind.startswith("ordinary"):
         net = nn.Sequential(
             nn.Linear(10, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 32),
@@ -141,11 +143,13 @@ def test_synchronized_processes_train_as_one_on_the_joined_batch(two_processes, 
     [{}, {"static_graph": True}, {"gradient_as_bucket_view": True, "broadcast_buffers": False}],
     ids=["plain", "static-graph", "bucket-view"],
 )
-def test_data_parallel_trains_as_with_the_eager_network(two_processes, options):
-    eager = two_processes.run(data_parallel, "eager", False, EVEN_STEPS, options)
-    fused = two_processes.run(data_parallel, "fused", False, EVEN_STEPS, options)
+@pytest.mark.parametrize("kind", ["fused", "sequential", "ordinary, fused"])
+def test_data_parallel_trains_as_with_the_eager_network(two_processes, kind, options):
+    plain = "ordinary" if kind.startswith("ordinary") else "eager"
+    eager = two_processes.run(data_parallel, plain, False, EVEN_STEPS, options)
+    fused = two_processes.run(data_parallel, kind, False, EVEN_STEPS, options)
     for ours, expected in zip(fused, eager, strict=True):
-        assert_same_state(ours, expected)
+        assert_same_state(dict(zip(expected, ours.values(), strict=True)), expected)
 
 
 # -------------------------------------------------------------------- fully_shard (FSDP2)
@@ -155,7 +159,7 @@ def sharded(net):
     """Shard the layers, and the rest."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     for module in net.modules():
-        if type(module) is FusedSequential:
+        if type(module) is FusedSequential and module is not net:
             fully_shard(module, mesh=mesh)
     fully_shard(net, mesh=mesh)
     return net
@@ -167,10 +171,23 @@ def fully_sharded(rank, kind):
     return state(net), kernels_run(net, batches()[0][0])
 
 
-def test_fully_sharded_processes_train_as_one_on_the_joined_batch(two_processes):
-    for ours, kernels in two_processes.run(fully_sharded, "fused"):
-        assert_same_state(ours, alone())
-        assert kernels == ["linear_relu", "normalize", "batch_norm_leaky_relu"]
+ORDINARY_KERNELS = [*["normalize", "batch_norm_leaky_relu"] * 2, "linear_act"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain", "expected_kernels"),
+    [
+        ("fused", "eager", ["linear_relu", "normalize", "batch_norm_leaky_relu"]),
+        ("own layers", "own layers", ["linear_relu", "normalize", "batch_norm_leaky_relu"]),
+        ("ordinary, fused", "ordinary", ORDINARY_KERNELS),
+    ],
+)
+def test_fully_sharded_processes_train_as_one_on_the_joined_batch(
+    two_processes, kind, plain, expected_kernels
+):
+    for ours, kernels in two_processes.run(fully_sharded, kind):
+        assert_same_state(ours, alone(plain))
+        assert kernels == expected_kernels
 
 
 def save_sharded(rank, folder):

@@ -11,7 +11,8 @@ from support import EXAMPLES, INTERPRETED, example
 
 import fused_mlp.functional as FF
 from fused_mlp.activations import GELU, RELU, SILU, TANH
-from fused_mlp.ops.schemas import KERNEL_SCHEMAS, PUBLIC_SCHEMAS
+from fused_mlp.backends import active_backend
+from fused_mlp.ops.schemas import COMPILED_SCHEMAS, KERNEL_SCHEMAS, PUBLIC_SCHEMAS
 
 PUBLIC = torch.ops.fused_mlp
 RAW = torch.ops.fused_mlp_kernels
@@ -227,6 +228,29 @@ def test_raw(device: torch.device, name: str) -> None:
     ):
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(op.default, tuple(arguments), test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_compiled(device: torch.device, dtype: torch.dtype, dropout_p: float) -> None:
+    """The ops that graphs of torch.compile hold; not drawing, a call twice is the same call."""
+    if (device.type, active_backend("cpu")) != ("cpu", "native"):
+        pytest.skip("the CPU library has these ops")
+    x, weights, biases, *norm = network(device)
+    x, *parameters = (t.to(dtype) for t in (x, *weights, *biases, *norm))
+    options = [0.1, 1e-5, 0.01, dropout_p]
+    output, saved = RAW.research_net_compiled(x, parameters, buffers(device, 3), options)
+    calls = {
+        "research_net_compiled": (x, parameters, list(buffers(device, 3)), options),
+        "research_net_compiled_backward": (output, x, parameters, saved, options, 0b1_1111_1111),
+        "research_net_compiled_evaluate": (x, [*parameters, *buffers(device, 3)[:2]], 1e-5, 0.01),
+    }
+    assert calls.keys() == COMPILED_SCHEMAS.keys()
+    for name, arguments in calls.items():
+        checks = ["test_schema", "test_faketensor"]
+        if name != "research_net_compiled" or not dropout_p:
+            checks.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(getattr(RAW, name).default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

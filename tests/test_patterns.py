@@ -335,3 +335,31 @@ def test_report_names_what_is_fused_and_why_not():
         "6": "followed by ELU, not ReLU, LeakyReLU, GELU, SiLU, Tanh, BatchNorm1d or Dropout",
         "10": "nothing after it to fuse with",
     }
+
+
+MANY = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", MANY)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_strides_of_three_dimensions_are_eagers(device, layout, training, norm_first):
+    """(N, C, L) through a batch norm, then rows of L columns through the linear layers."""
+    layers = [nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.0), nn.Linear(8, 6), nn.ReLU()]
+    norm = [nn.BatchNorm1d(4), nn.LeakyReLU()]
+    eager, fused = (net.to(device) for net in pair(norm + layers if norm_first else layers + norm))
+    x = torch.randn(5, 4, 6, device=device)
+    results = []
+    for net in (eager, fused):
+        input = MANY[layout](x).detach().requires_grad_()
+        output = net.train(training)(input)
+        output.square().sum().backward()
+        results.append([output, input.grad, *(p.grad for p in net.parameters())])
+    assert [t.stride() for t in results[1]] == [t.stride() for t in results[0]]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)

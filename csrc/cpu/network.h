@@ -12,9 +12,9 @@ struct Network {
   std::vector<Tensor> weights, biases;
   std::optional<Tensor> bn_weight, bn_bias;
   std::optional<Tensor> running_mean, running_var, num_batches_tracked;
-  bool training;
+  bool training = false;
   std::vector<double> dropout_p;
-  double momentum, eps, negative_slope;
+  double momentum = 0, eps = 0, negative_slope = 0;
 
   bool drops() const;
 };
@@ -45,5 +45,14 @@ Tensor new_output(Call& call);
 StableIValue backward(const Network& network, Call& call, const Tensor& grad_output,
                       const Tensor& saved, int64_t saved_numel,
                       const std::vector<bool>& output_mask);
+
+// The same in one, where the call draws the dropout's seed itself and keeps it at the end of
+// `saved`: output and `saved`, the output alone in evaluation, and the gradients, without a mask
+// those of all parameters and not the input's.
+std::tuple<Tensor, Tensor> run_and_draw(const Network& network, const Tensor& input);
+Tensor evaluate(const Network& network, const Tensor& input);
+StableIValue backward_of_drawn(const Network& network, const Tensor& grad_output,
+                               const Tensor& input, const Tensor& saved,
+                               const std::optional<std::vector<bool>>& output_mask);
 
 }  // namespace fused_mlp

@@ -151,6 +151,7 @@ def research_net(
         input, [linear.weight for linear in linears], [linear.bias for linear in linears],
         norm.weight, norm.bias, running_mean, running_var, training, list(dropout_p), None,
         norm.momentum or 0.0, norm.eps, negative_slope, num_batches_tracked=tracked,
+        compiled=not torch.compiler.is_exporting(),
     )  # fmt: skip
 
 

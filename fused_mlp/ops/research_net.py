@@ -32,6 +32,7 @@ from ._common import (
     use_formula,
 )
 from .batch_norm_leaky_relu import batch_norm_leaky_relu, check_norm
+from .compiled import research_net as in_graph
 from .linear_relu import linear_relu
 from .nested import shape_of
 from .schemas import public_library
@@ -148,6 +149,7 @@ def research_net(
     negative_slope: float = 0.01,
     *,
     num_batches_tracked: Tensor | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Return the network's output; see :func:`fused_mlp.functional.research_net`.
 
@@ -156,6 +158,7 @@ def research_net(
         seed: int64 tensor of shape (2,) that decides the dropout masks; drawn from torch's
             generator when it is None and some probability is not 0.
         num_batches_tracked: int64 scalar tensor that a training call counts up by one.
+        compiled: the call is traced for torch.compile, whose graphs run where they are made.
     """
     check(
         input, weights, biases, bn_weight, bn_bias, running_mean, running_var, training, dropout_p,
@@ -165,13 +168,22 @@ def research_net(
         check_number("research_net", "momentum", momentum)
     if type(negative_slope) is not float:
         check_number("research_net", "negative_slope", negative_slope)
+    op_by_op = use_formula(input, *weights, *biases, bn_weight, bn_bias) or not backends.fits(
+        input, weights
+    )
+    if compiled and seed is None and not op_by_op:
+        output = in_graph(
+            input, weights, biases, bn_weight, bn_bias,
+            (running_mean, running_var, num_batches_tracked), training, dropout_p, momentum, eps,
+            negative_slope,
+        )  # fmt: skip
+        if output is not None:
+            return output
     if not any(dropout_p):
         seed = None
     elif seed is None:
         seed = draw_seed(input.device)
-    if use_formula(input, *weights, *biases, bn_weight, bn_bias) or not backends.fits(
-        input, weights
-    ):
+    if op_by_op:
         return _op_by_op(
             input, weights, biases, bn_weight, bn_bias, running_mean, running_var, training,
             dropout_p, seed, momentum, eps, negative_slope, num_batches_tracked,
@@ -321,7 +333,7 @@ def _fake(
     return (
         input.new_empty(input.shape[0], weights[-1].shape[0]),
         input.new_empty(
-            backends.saved_numel(input, weights, training, dropout_p, seed),
+            backends.saved_numel(input, weights, training, dropout_p, seed is not None),
             dtype=reference.accumulate_dtype(input.dtype),
         ),
     )

@@ -96,6 +96,26 @@ PREPARED_SCHEMAS = {
     ),
 }
 
+# What graphs of torch.compile hold of a network that the CPU library runs: few arguments, and the
+# dropout's seed drawn inside, as by `research_net_prepared`. `parameters` are weights, biases and,
+# if there are, the batch norm's weight and bias; `buffers` running mean, running variance and the
+# batch counter; `options` momentum, eps, slope and the dropout probabilities; a bit of
+# `output_mask` stands for the input and one for each parameter. `tensors` are parameters, running
+# mean and running variance.
+COMPILED_SCHEMAS = {
+    "research_net_compiled": (
+        "(Tensor input, Tensor[] parameters, Tensor(a!)[] buffers, float[] options)"
+        " -> (Tensor output, Tensor saved)"
+    ),
+    "research_net_compiled_backward": (
+        "(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor saved, float[] options,"
+        " int output_mask) -> Tensor[]"
+    ),
+    "research_net_compiled_evaluate": (
+        "(Tensor input, Tensor[] tensors, float eps, float negative_slope) -> Tensor"
+    ),
+}
+
 # Forward without what backward wants to know: two small tensors fewer are a microsecond, a third of
 # a call with 1000 elements. The CPU library alone has it.
 EVALUATION_SCHEMAS = {
@@ -140,7 +160,7 @@ PUBLIC_SCHEMAS = {
         "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float[] dropout_p,"
         " Tensor? seed=None, float momentum=0.1, float eps=1e-05, float negative_slope=0.01,"
-        " *, Tensor(c!)? num_batches_tracked=None) -> Tensor"
+        " *, Tensor(c!)? num_batches_tracked=None, bool compiled=False) -> Tensor"
     ),
 }
 
@@ -178,7 +198,12 @@ kernels_library = Library(KERNELS, "DEF")
 public_library = Library(PUBLIC, "DEF")
 
 for _name, _schema in (
-    KERNEL_SCHEMAS | PREPARED_SCHEMAS | EVALUATION_SCHEMAS | TRAINING_SCHEMAS | GROUP_SCHEMAS
+    KERNEL_SCHEMAS
+    | PREPARED_SCHEMAS
+    | COMPILED_SCHEMAS
+    | EVALUATION_SCHEMAS
+    | TRAINING_SCHEMAS
+    | GROUP_SCHEMAS
 ).items():
     kernels_library.define(_name + _schema)
 for _name, _schema in (PUBLIC_SCHEMAS | PUBLIC_GROUP_SCHEMAS).items():

@@ -52,6 +52,7 @@ OPS = [
     *((schemas.KERNELS, op) for op in schemas.KERNEL_SCHEMAS),
     *((schemas.PUBLIC, op) for op in schemas.PUBLIC_SCHEMAS),
     *((schemas.KERNELS, op) for op in schemas.PREPARED_SCHEMAS),
+    *((schemas.KERNELS, op) for op in schemas.COMPILED_SCHEMAS),
     *((schemas.KERNELS, op) for op in schemas.EVALUATION_SCHEMAS),
     *((schemas.KERNELS, op) for op in schemas.TRAINING_SCHEMAS),
 ]

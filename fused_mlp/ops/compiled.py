@@ -1,0 +1,125 @@
+"""``research_net`` in a graph of torch.compile that the CPU library runs.
+
+The library has ops of its own for it. They take few arguments, since a graph hands over all of
+them at every call, and draw the dropout's seed inside: 1.2 us where an op of the graph takes 2.6.
+Such a call may run once a step alone. Where a graph may repeat it in backward, as under
+checkpointing, the general op takes its place, with an op before it that draws the seed alike again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ..recompute import may_run_again
+from ._common import grad_needed, register_fake, spread
+
+_forward = torch.ops.fused_mlp_kernels.research_net_compiled.default
+_backward = torch.ops.fused_mlp_kernels.research_net_compiled_backward.default
+_evaluate = torch.ops.fused_mlp_kernels.research_net_compiled_evaluate.default
+_MOST_LAYERS = 30  # their gradients' flags and the input's are the bits of one number
+
+
+class ResearchNetCompiledFunction(torch.autograd.Function):
+    """The autograd node of a training call in a compiled graph.
+
+    ``call`` holds running mean, running variance and batch counter; the options. The tensors that
+    may need a gradient follow: input, weights…, biases…, and the batch norm's two if it has them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        buffers, ctx.options = call
+        output, saved = _forward(tensors[0], tensors[1:], buffers, ctx.options)
+        ctx.save_for_backward(*tensors, saved)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, *parameters, saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        mask = sum(wanted << place for place, wanted in enumerate(needed))
+        found = _backward(grad_output, input, parameters, saved, ctx.options, mask)
+        return None, *spread(found, needed)
+
+
+def research_net(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    training: bool,
+    dropout_p: Sequence[float],
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+) -> Tensor | None:
+    """Trace checked arguments into a graph's own op; None where the general op must run.
+
+    Args:
+        buffers: running mean, running variance and, in training, the batch counter.
+    """
+    if (
+        input.device.type != "cpu"
+        or backends.active_backend("cpu") != "native"
+        or len(weights) > _MOST_LAYERS
+        or (bn_weight is None) != (bn_bias is None)
+        or any(buffer is None for buffer in buffers[: 2 + training])
+    ):
+        return None
+    affine = () if bn_weight is None or bn_bias is None else (bn_weight, bn_bias)
+    tensors = (input, *weights, *biases, *affine)
+    if training:
+        if may_run_again():
+            return None
+        options = [momentum, eps, negative_slope, *dropout_p]
+        if grad_needed(*tensors):
+            output: Tensor = ResearchNetCompiledFunction.apply((buffers, options), *tensors)
+            return output
+        return _forward(input, tensors[1:], buffers, options)[0]
+    if any(dropout_p) or grad_needed(*tensors):
+        return None
+    return _evaluate(input, (*tensors[1:], *buffers[:2]), eps, negative_slope)
+
+
+def _fake(
+    input: Tensor, parameters: list[Tensor], buffers: list[Tensor], options: list[float]
+) -> tuple[Tensor, Tensor]:
+    _, _, _, *dropout_p = options
+    weights = parameters[: len(dropout_p) + 2]
+    dtype = reference.accumulate_dtype(input.dtype)
+    numel = backends.saved_numel(input, weights, True, dropout_p, seeded=True)
+    if any(dropout_p):  # the seed stands at the end: csrc/cpu/network.cpp
+        numel = numel + 2 if dtype == torch.float64 else (numel + 1) // 2 * 2 + 4
+    output = input.new_empty(input.shape[0], weights[-1].shape[0])
+    return output, input.new_empty(numel, dtype=dtype)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    parameters: list[Tensor],
+    saved: Tensor,
+    options: list[float],
+    output_mask: int,
+) -> list[Tensor]:
+    everything = enumerate((input, *parameters))
+    return [t.new_empty(t.shape) for place, t in everything if output_mask >> place & 1]
+
+
+def _fake_evaluate(
+    input: Tensor, tensors: list[Tensor], eps: float, negative_slope: float
+) -> Tensor:
+    *_, last = (t for t in tensors if t.dim() == 2)
+    return input.new_empty(input.shape[0], last.shape[0])
+
+
+register_fake("research_net_compiled", _fake)
+register_fake("research_net_compiled_backward", _fake_backward)
+register_fake("research_net_compiled_evaluate", _fake_evaluate)
