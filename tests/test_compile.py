@@ -12,6 +12,7 @@ import torch._inductor.config
 import torch.utils.checkpoint
 from support.drop_in import KINDS, drop_in, rows
 from support.networks import assert_same_step
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_mlp import FusedResearchNet, use_backend
@@ -234,6 +235,17 @@ def test_compiled_gradient_penalty_in_an_eager_backward_is_refused_as_for_eager(
         (slope,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="does not currently support double backward"):
             slope.square().sum().backward()
+
+
+def test_other_children_compile_again(device):
+    """What a run is depends on the classes of the children, which a graph guards on."""
+    eager, fused = pair_in("FusedSequential", "train", device)
+    compiled = Compiled(fused, backend="aot_eager")
+    for make in (nn.ReLU, nn.Tanh, nn.Identity, lambda: nn.Dropout(0.0), nn.ReLU):
+        for net in (eager, fused):
+            net[1] = make()
+            net.zero_grad()
+        assert_same_step(eager, compiled, rows(device=device), rtol=1e-3, atol=1e-4)
 
 
 # ------------------------------------------------------------- the CPU library's ops for graphs

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from support import INTERPRETED
 from support.drop_in import KINDS, drop_in, rows
 from support.networks import assert_same_step, kernels_run
 from torch import nn
@@ -353,6 +354,7 @@ def test_threads_train_copies_and_share_one_in_evaluation(kind, device):
     assert not failures
 
 
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter keeps a launch's grid in a global")
 def test_threads_train_one_module(kind, device):
     """Each gets the outputs and gradients of its own rows; the batch norms see all batches."""
     eager, fused = drop_in(kind, device=device)

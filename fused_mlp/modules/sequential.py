@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import assume_constant_result, is_compiling
 
 from ..ops import nested
 from . import tracing
@@ -121,48 +121,66 @@ def run_ready(
     return output
 
 
+# What ``find_runs`` found, with the modules' positions in their place.
+_Positions = tuple[str, tuple[int, ...], tuple["_Positions", ...]]
+
+
 def _run_traced(modules: list[nn.Module], input: Any) -> Any:
     """Run modules in order under torch.compile or torch.export, fusable runs as public ops."""
     if not tracing.ops_allowed(input):
         for module in modules:
             input = module(input)
         return input
-    for run in find_runs(modules):
-        input = _trace(run, input)
+    for run in _find_positions(*[type(module) for module in modules]):
+        input = _trace(run, modules, input)
     return input
 
 
-def _trace(run: Run, input: Any) -> Any:
+@assume_constant_result  # torch.compile would guard on all the names that finding runs reads
+def _find_positions(*kinds: type[nn.Module]) -> tuple[_Positions, ...]:
+    """Return the runs of modules of these classes."""
+    stand_ins = [object.__new__(kind) for kind in kinds]
+    positions = {id(module): position for position, module in enumerate(stand_ins)}
+
+    def describe(run: Run) -> _Positions:
+        places = tuple(positions[id(module)] for module in run.modules)
+        return run.op, places, tuple(map(describe, run.parts))
+
+    return tuple(map(describe, find_runs(stand_ins)))
+
+
+def _trace(run: _Positions, children: list[nn.Module], input: Any) -> Any:
+    op, places, parts = run
+    modules: Any = [children[place] for place in places]
     output = None
-    modules: Any = run.modules
     if not tracing.hooked(modules):
-        if run.op == RESEARCH_NET:
-            *hidden, before_norm, norm, last = run.parts
-            linears = [part.modules[0] for part in (*hidden, before_norm, last)]
+        if op == RESEARCH_NET:
+            ordered: Any = [[children[place] for place in part[1]] for part in parts]
+            *hidden, before_norm, norm, last = ordered
+            linears = [part[0] for part in (*hidden, before_norm, last)]
             p = [_probability(part) for part in hidden]
-            slope: Any = norm.modules[-1].negative_slope
-            output = tracing.research_net(linears, p, norm.modules[0], slope, input)
-        elif run.op in (LINEAR_RELU, LINEAR_ACT) and len(modules) > 1:
+            output = tracing.research_net(linears, p, norm[0], norm[-1].negative_slope, input)
+        elif op in (LINEAR_RELU, LINEAR_ACT) and len(modules) > 1:
             output = tracing.linear_act(modules[0], tracing.read_behind(modules[1:]), input)
-        elif run.op == BATCH_NORM_ACT or (run.op == BATCH_NORM_LEAKY_RELU and len(modules) > 1):
+        elif op == BATCH_NORM_ACT or (op == BATCH_NORM_LEAKY_RELU and len(modules) > 1):
             output = tracing.batch_norm_act(modules[0], tracing.read_behind(modules[1:]), input)
-        elif run.op == LINEAR_BATCH_NORM_ACT:
+        elif op == LINEAR_BATCH_NORM_ACT:
             linear, norm, *rest = modules
             output = tracing.linear_batch_norm_act(linear, norm, tracing.read_behind(rest), input)
     if output is not None:
         return output
-    if run.parts:
-        for part in run.parts:
-            input = _trace(part, input)
+    if parts:
+        for part in parts:
+            input = _trace(part, children, input)
     else:
         for module in modules:
             input = module(input)
     return input
 
 
-def _probability(run: Run) -> float:
+def _probability(modules: Any) -> float:
     """Return the dropout probability of a LINEAR_RELU run now."""
-    last: Any = run.modules[-1]
-    if not last.training or len(run.modules) == 2:
+    last = modules[-1]
+    if not last.training or len(modules) == 2:
         return 0.0
-    return float(last.p if len(run.modules) == 3 else last.dropout)
+    return float(last.p if len(modules) == 3 else last.dropout)
