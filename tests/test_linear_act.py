@@ -39,7 +39,12 @@ def test_odd_shapes(device: torch.device, dtype: torch.dtype, kind: str) -> None
 @pytest.mark.usefixtures("all_threads")
 def test_larger(device: torch.device, dtype: torch.dtype, kind: str) -> None:
     """Beyond the cache, on several threads, and with more rows than a block has."""
-    for rows, in_features, out_features in ((1000, 64, 64), (70, 700, 130), (513, 129, 1)):
+    for rows, in_features, out_features in (
+        (1000, 64, 64),
+        (70, 700, 130),
+        (3, 300, 130),
+        (513, 129, 1),
+    ):
         rows = rows // 10 + 1 if INTERPRETED else rows
         for p in (0.0, 0.3):
             options = {"p": p, "dtype": dtype, "device": device}

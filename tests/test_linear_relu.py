@@ -56,6 +56,18 @@ def test_larger(device: torch.device, dtype: torch.dtype, shape: tuple[int, int,
     check_case(linear_case((rows, in_features), out_features, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("in_features", "out_features"), [(300, 70), (70, 300), (64, 64)])
+def test_few_rows_through_many_weights(
+    device: torch.device, dtype: torch.dtype, rows: int, in_features: int, out_features: int
+) -> None:
+    """They read each weight once, several threads at work."""
+    for p in (0.0, 0.3):
+        shape = (rows, in_features)
+        check_case(linear_case(shape, out_features, p=p, dtype=dtype, device=device))
+
+
 @pytest.mark.parametrize(
     "shape",
     [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (2, 3, 1, 2, 6), (0, 3, 6), (3, 0, 6), (4, 0), (0,)],
