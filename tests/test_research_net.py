@@ -98,6 +98,16 @@ def test_wide_many_rows(device: torch.device, training: bool, dtype: torch.dtype
     check_case(research_case(rows, (12, 300, 7), training, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize(
+    ("rows", "training"), [(1, False), (4, False), (4, True), (9, False)], ids=str
+)
+@pytest.mark.usefixtures("all_threads")
+def test_few_rows_of_wide_layers(device: torch.device, rows: int, training: bool) -> None:
+    """Threads share a layer's features where there are too few rows to share."""
+    widths = (60, 90, 52, 9) if INTERPRETED else (600, 900, 520, 9)
+    check_case(research_case(rows, widths, training, 0.3, device=device))
+
+
 @pytest.mark.usefixtures("all_threads")
 def test_larger(device: torch.device) -> None:
     rows = 300 if INTERPRETED else 5003

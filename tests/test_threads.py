@@ -41,12 +41,15 @@ CASES: dict[str, Callable[..., Case]] = {
     "research_net-train": lambda **o: research_case(ROWS, (10, 64, 32, 5), True, 0.3, **o),
     "research_net-deep": lambda **o: research_case(ROWS, (33, 40, 30, 20, 5), True, 0.3, **o),
     "research_net-wide": lambda **o: research_case(ROWS // 4, (40, 270, 300, 9), True, 0.3, **o),
+    "research_net-few-rows": lambda **o: research_case(3, (ROWS // 8, 700, 500, 9), False, **o),
     "research_net-eval": lambda **o: research_case(ROWS, (10, 64, 32, 5), False, **o),
 }
 
 
 # In half precision the library's product where the processor has no instructions for it.
-LIBRARYS = ("linear_act-beyond", "linear_relu-beyond", "research_net-wide")
+LIBRARYS = (
+    "linear_act-beyond", "linear_relu-beyond", "research_net-wide", "research_net-few-rows",
+)  # fmt: skip
 
 
 def results(case: Case) -> tuple[torch.Tensor, ...]:
