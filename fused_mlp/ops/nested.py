@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .schemas import (
+    COMPILED_SCHEMAS,
     EVALUATION_SCHEMAS,
     KERNEL_SCHEMAS,
     PREPARED_SCHEMAS,
@@ -64,5 +65,11 @@ def _refuse_in(kernel: str) -> Callable[..., NoReturn]:
     return call
 
 
-for _kernel in (*KERNEL_SCHEMAS, *PREPARED_SCHEMAS, *EVALUATION_SCHEMAS, *TRAINING_SCHEMAS):
+for _kernel in (
+    *KERNEL_SCHEMAS,
+    *PREPARED_SCHEMAS,
+    *COMPILED_SCHEMAS,
+    *EVALUATION_SCHEMAS,
+    *TRAINING_SCHEMAS,
+):
     kernels_library.impl(_kernel, _refuse_in(_kernel), "CompositeImplicitAutogradNestedTensor")
