@@ -27,11 +27,13 @@ from ._common import (
 )
 from .batch_norm_leaky_relu import (
     batch_norm_formula,
-    batch_norm_leaky_relu,
     check,
     fake_batch_norm,
     fake_batch_norm_backward,
+    recognise,
+    remember,
 )
+from .batch_norm_leaky_relu import run as run_batch_norm_leaky_relu
 from .schemas import public_library
 
 _forward = bound(torch.ops.fused_mlp_kernels.batch_norm_act.default)
@@ -126,29 +128,41 @@ def batch_norm_act(
     """
     op = "batch_norm_act"
     number = activations.number(op, activation, known=activations.BATCH_NORM_NAMES)
-    check(input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked, op)
-    for name, value in (("momentum", momentum), ("negative_slope", negative_slope)):
-        if type(value) is not float:
-            check_number(op, name, value)
-    check_probability(op, "dropout_p", dropout_p)
-    check_seed(op, seed, input)
+    known = (
+        type(dropout_p) is float
+        and 0.0 <= dropout_p <= 1.0
+        and seed is None
+        and recognise(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope,
+            num_batches_tracked,
+        )
+    )  # fmt: skip
+    if not known:
+        check(
+            input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked, op
+        )
+        for name, value in (("momentum", momentum), ("negative_slope", negative_slope)):
+            if type(value) is not float:
+                check_number(op, name, value)
+        check_probability(op, "dropout_p", dropout_p)
+        check_seed(op, seed, input)
     if dropout_p == 0:
         seed = None
         if number != activations.RELU:
-            return batch_norm_leaky_relu(
-                input, running_mean, running_var, weight, bias, training, momentum, eps,
-                1.0 if number == activations.NONE else negative_slope,
-                num_batches_tracked=num_batches_tracked,
+            return run_batch_norm_leaky_relu(
+                known, input, running_mean, running_var, num_batches_tracked, weight, bias,
+                training, momentum, eps, 1.0 if number == activations.NONE else negative_slope,
             )  # fmt: skip
     elif seed is None:
         seed = draw_seed(input.device)
     return run(
-        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
-        eps, number, negative_slope, dropout_p, seed,
+        known, input, running_mean, running_var, num_batches_tracked, weight, bias, training,
+        momentum, eps, number, negative_slope, dropout_p, seed,
     )  # fmt: skip
 
 
 def run(
+    known: bool,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -163,26 +177,25 @@ def run(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """Return the output for arguments that were checked; ``seed`` is None without dropout."""
+    """Return the output for arguments that were recognised, or else checked.
+
+    Args:
+        seed: None without dropout.
+    """
+    buffers = running_mean, running_var, num_batches_tracked
     options = activation, negative_slope, dropout_p, seed
-    if use_formula(input, weight, bias):
-        output = batch_norm_formula(
-            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
-            eps,
-        )  # fmt: skip
-        return reference.activate_and_drop(output, *options)
+    if not known:
+        if use_formula(input, weight, bias):
+            output = batch_norm_formula(input, *buffers, weight, bias, training, momentum, eps)
+            return reference.activate_and_drop(output, *options)
+        remember(input, running_mean, running_var, weight, bias)
     if grad_needed(input, weight, bias):
-        call = (
-            running_mean, running_var, num_batches_tracked, training, momentum, eps, *options,
-        )  # fmt: skip
-        output = BatchNormActFunction.apply(call, input, weight, bias)
+        apply = apply_checked if known else BatchNormActFunction.apply
+        output = apply((*buffers, training, momentum, eps, *options), input, weight, bias)
     else:
-        output = _forward(
-            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
-            eps, *options,
-        )[0]  # fmt: skip
+        output = _forward(input, *buffers, weight, bias, training, momentum, eps, *options)[0]
     if training:
-        mark_written(running_mean, running_var, num_batches_tracked)
+        mark_written(*buffers)
     return output
 
 

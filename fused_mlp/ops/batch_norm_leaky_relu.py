@@ -26,6 +26,7 @@ from ._common import (
     spread,
     use_formula,
 )
+from .fit import Fit
 from .nested import shape_of
 from .schemas import public_library
 
@@ -81,6 +82,9 @@ class BatchNormLeakyReLUFunction(torch.autograd.Function):
 # See research_net.py.
 apply_checked = super(torch.autograd.Function, BatchNormLeakyReLUFunction).apply
 
+# The kinds of tensors seen before, of any sizes: to recognise them spares 3 us of checks.
+_fit = Fit(feature_dim=None)
+
 
 def batch_norm_leaky_relu(
     input: Tensor,
@@ -102,29 +106,91 @@ def batch_norm_leaky_relu(
     Args:
         num_batches_tracked: int64 scalar tensor that a training call counts up by one.
     """
-    check(input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked)
-    if type(momentum) is not float:
-        check_number("batch_norm_leaky_relu", "momentum", momentum)
-    if type(negative_slope) is not float:
-        check_number("batch_norm_leaky_relu", "negative_slope", negative_slope)
-    if use_formula(input, weight, bias):
-        output = batch_norm_formula(
-            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
-            eps,
-        )  # fmt: skip
-        return F.leaky_relu(output, negative_slope)
+    known = recognise(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope,
+        num_batches_tracked,
+    )  # fmt: skip
+    if not known:
+        check(input, running_mean, running_var, weight, bias, training, eps, num_batches_tracked)
+        if type(momentum) is not float:
+            check_number("batch_norm_leaky_relu", "momentum", momentum)
+        if type(negative_slope) is not float:
+            check_number("batch_norm_leaky_relu", "negative_slope", negative_slope)
+    return run(
+        known, input, running_mean, running_var, num_batches_tracked, weight, bias, training,
+        momentum, eps, negative_slope,
+    )  # fmt: skip
+
+
+def recognise(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+    num_batches_tracked: Tensor | None,
+) -> bool:
+    """Return whether there is nothing to check: tensors of a kind seen before, that fit."""
+    if not (
+        num_batches_tracked is None
+        and type(momentum) is type(eps) is type(negative_slope) is float
+        and eps > 0.0
+        and _fit.recognise(input, running_mean, running_var, weight, bias) is not None
+    ):
+        return False
+    channels = input.shape[1]
+    for vector in (running_mean, running_var, weight, bias):
+        if vector is not None and vector.shape[0] != channels:
+            return False
+    return input.numel() > channels if training else running_mean is not None
+
+
+def remember(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Let tensors like these, which were checked and belong to a kernel, be recognised."""
+    _fit.remember(input, running_mean, running_var, weight, bias)
+
+
+def run(
+    known: bool,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+) -> Tensor:
+    """Return the output for arguments that were recognised, or else checked."""
+    if not known:
+        if use_formula(input, weight, bias):
+            output = batch_norm_formula(
+                input, running_mean, running_var, num_batches_tracked, weight, bias, training,
+                momentum, eps,
+            )  # fmt: skip
+            return F.leaky_relu(output, negative_slope)
+        remember(input, running_mean, running_var, weight, bias)
+    buffers = running_mean, running_var, num_batches_tracked
+    options = training, momentum, eps, negative_slope
     if grad_needed(input, weight, bias):
-        call = (
-            running_mean, running_var, num_batches_tracked, training, momentum, eps, negative_slope,
-        )  # fmt: skip
-        output = BatchNormLeakyReLUFunction.apply(call, input, weight, bias)
+        apply = apply_checked if known else BatchNormLeakyReLUFunction.apply
+        output = apply((*buffers, *options), input, weight, bias)
     else:
-        output = _forward(
-            input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
-            eps, negative_slope,
-        )[0]  # fmt: skip
+        output = _forward(input, *buffers, weight, bias, *options)[0]
     if training:
-        mark_written(running_mean, running_var, num_batches_tracked)
+        mark_written(*buffers)
     return output
 
 

@@ -23,7 +23,8 @@ from ._common import (
     spread,
     use_formula,
 )
-from .linear_relu import check, fake_gradients, fake_output, linear_relu
+from .linear_relu import check, fake_gradients, fake_output, recognise, remember
+from .linear_relu import run as run_linear_relu
 from .schemas import public_library
 
 _forward = bound(torch.ops.fused_mlp_kernels.linear_act.default)
@@ -102,17 +103,20 @@ def linear_act(
     number = activations.number("linear_act", activation, approximate)
     if type(negative_slope) is not float:
         check_number("linear_act", "negative_slope", negative_slope)
-    check(input, weight, bias, dropout_p, seed, "linear_act")
+    known = recognise(input, weight, bias, dropout_p, seed)
+    if not known:
+        check(input, weight, bias, dropout_p, seed, "linear_act")
     if number == activations.RELU:
-        return linear_relu(input, weight, bias, dropout_p, seed)
+        return run_linear_relu(known, input, weight, bias, dropout_p, seed)
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = draw_seed(input.device)
-    return run(input, weight, bias, number, negative_slope, dropout_p, seed)
+    return run(known, input, weight, bias, number, negative_slope, dropout_p, seed)
 
 
 def run(
+    known: bool,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -121,12 +125,19 @@ def run(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """Return the output for arguments that were checked; ``seed`` is None without dropout."""
+    """Return the output for arguments that were recognised, or else checked.
+
+    Args:
+        seed: None without dropout.
+    """
     call = (activation, negative_slope, dropout_p, seed)
-    if use_formula(input, weight, bias):
-        return reference.linear_act_formula(input, weight, bias, *call)
+    if not known:
+        if use_formula(input, weight, bias):
+            return reference.linear_act_formula(input, weight, bias, *call)
+        remember(input, weight, bias)
     if grad_needed(input, weight, bias):
-        output: Tensor = LinearActFunction.apply(call, input, weight, bias)
+        apply = apply_checked if known else LinearActFunction.apply
+        output: Tensor = apply(call, input, weight, bias)
         return output
     output = _forward(input, weight, bias, *call, False)[0]
     return output

@@ -79,30 +79,52 @@ def linear_relu(
         seed: int64 tensor of shape (2,) that decides the dropout mask; drawn from torch's
             generator when it is None and ``dropout_p`` is not 0.
     """
-    if (
+    known = recognise(input, weight, bias, dropout_p, seed)
+    if not known:
+        check(input, weight, bias, dropout_p, seed)
+    return run(known, input, weight, bias, dropout_p, seed)
+
+
+def recognise(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> bool:
+    """Return whether there is nothing to check: tensors of a kind seen before, that fit."""
+    return (
         type(dropout_p) is float
         and 0.0 <= dropout_p <= 1.0
         and seed is None
         and _fit.recognise(input, weight, bias) is not None
         and input.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape[0] == weight.shape[0])
-    ):
-        if dropout_p:
-            seed = draw_seed(input.device)
-        if grad_needed(input, weight, bias):
-            output: Tensor = apply_checked((dropout_p, seed), input, weight, bias)
-            return output
-        return _forward(input, weight, bias, dropout_p, seed)
-    check(input, weight, bias, dropout_p, seed)
+    )
+
+
+def remember(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Let tensors like these, which were checked and belong to a kernel, be recognised."""
+    _fit.remember(input, weight, bias)
+
+
+def run(
+    known: bool,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Return the output for arguments that were recognised, or else checked."""
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = draw_seed(input.device)
-    if use_formula(input, weight, bias):
-        return reference.linear_relu_formula(input, weight, bias, dropout_p, seed)
-    _fit.remember(input, weight, bias)
+    if not known:
+        if use_formula(input, weight, bias):
+            return reference.linear_relu_formula(input, weight, bias, dropout_p, seed)
+        remember(input, weight, bias)
     if grad_needed(input, weight, bias):
-        return LinearReLUFunction.apply((dropout_p, seed), input, weight, bias)
+        apply = apply_checked if known else LinearReLUFunction.apply
+        output: Tensor = apply((dropout_p, seed), input, weight, bias)
+        return output
     return _forward(input, weight, bias, dropout_p, seed)
 
 
