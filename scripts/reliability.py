@@ -74,7 +74,7 @@ def wrong_arguments() -> str:
                 continue
             message = str(error).splitlines()[0].removeprefix(f"{function.name}(): ")
             # What came stands in the messages: that apart, mistakes of a kind have the same.
-            kind = re.sub(r"but got .*|not \w+$|is on .*|\(.*", "", message)
+            kind = re.sub(r"but got (?!a nested).*|not \w+$|is on .*|\(.*", "", message)
             rows.setdefault((argument, type(error).__name__, kind), []).append((given, message))
         for (argument, error_type, _), answers in rows.items():
             given = ", ".join(answer[0] for answer in answers)
