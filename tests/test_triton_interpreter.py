@@ -61,3 +61,19 @@ def _needs_triton() -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_common_tests(file: str) -> None:
     run(file, "-m", "not slow", "-k", CHOSEN)
+
+
+# What users have around their networks, each 30 to 60 s.
+TOOLS = ("test_autocast.py", "test_functional_transforms.py", "test_autograd_tools.py",
+         "test_module_life.py")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", TOOLS)
+def test_tools_around_a_network(file: str) -> None:
+    run(file, "-m", "not slow")
+
+
+@pytest.mark.slow
+def test_graphs_of_torch_compile() -> None:
+    run("test_compile.py", "-m", "not slow", "-k", "no_graph_break or dropout or step_is_the")
