@@ -87,7 +87,9 @@ def shape(rows, widths, dtype, precision, backend, capability, launch):
     two = len(widths) == 4
     block_f, block_h = _pad(widths[1], MAX_HIDDEN), _pad(widths[-2], MAX_HIDDEN)
     widest = max(block_f, block_h)
-    units = has_matrix_units(dtype, precision, backend, capability) and dtype != torch.float64
+    units = has_matrix_units(dtype, precision, backend, capability)
+    doubles = units and dtype == torch.float64 and backend == "cuda"
+    units = units and dtype != torch.float64
     # With few registers for each number (no matrix units; 64 lanes a warp) slices are thinner.
     scarce = not units or backend == "hip"
     if units:
@@ -115,32 +117,39 @@ def shape(rows, widths, dtype, precision, backend, capability, launch):
     resident = held or (few and (not backward or backend == "hip"))
     if held or (few and not backward):
         depth = WHOLE.value
-    elif backend == "cuda":
-        # In shared memory, if all of them fit there: whole for matrix units, else a slice of the
-        # depth at a time. "rest" multiplies by two of them and by their transposes, which are
-        # copies.
-        numbers = (2 if launch == "rest" else 1) * front + back
-        staged = 32 * (block_h + wide_out) * 4  # on the way from one layout to another
-        room = 1024 * SHARED.get(capability, 99)
-        if dtype == torch.float64:  # whose matrix units keep them in registers
-            room = min(room, 32 * 1024 + staged)
-        fit = widths[0] <= wide_in and widths[-1] <= wide_out
-        fit = fit and numbers * dtype.itemsize + staged <= room
-        # Layers that get no wider, and without matrix units none that is narrow.
-        even = max(wide_in, block_h, wide_out) <= block_f and (units or block_h >= 32 < block_f)
-        # What these leave out would spill. In evaluation without matrix units, more programs of
-        # one block each hide more latency.
-        sensible = {
-            "evaluation": units,
-            "forward": units or even,
-            "last": (units and wide_out <= chunk) or (even and (not units or dtype.itemsize == 2)),
-            "rest": even and units and widest <= 64,
-        }
-        if fit and sensible[launch]:
+    elif widths[0] <= wide_in and widths[-1] <= wide_out and backend in ("cuda", "hip"):
+        # What the conditions leave out would spill, or not fit.
+        cuda, half = backend == "cuda", dtype.itemsize == 2
+        if doubles or not cuda:  # in registers for the most part
+            keep = max(widest, wide_in, wide_out) <= 64 and launch != "evaluation"
+            if not cuda:
+                keep &= dtype.itemsize <= 4 and (launch != "rest" or (half and wide_out <= chunk))
+        else:
+            # In shared memory: whole for matrix units, else a slice of the depth at a time. The
+            # transposes that "rest" multiplies by as well are copies, mostly in registers.
+            staged = 32 * (block_h + wide_out) * 4  # on the way from one layout to another
+            room = 1024 * SHARED.get(capability, 99)
+            # Layers that get no wider, and without matrix units none that is narrow.
+            even = max(wide_in, block_h, wide_out) <= block_f and (units or block_h >= 32 < block_f)
+            full = half and {*widths[1:-1]} == {MAX_HIDDEN} and wide_in >= max(wide_out, 64)
+            keep = (front + back) * dtype.itemsize + staged <= room and {
+                # Without matrix units, more programs of one block each hide more latency.
+                "evaluation": units,
+                "forward": units or even,
+                "last": (even and (not units or half or wide_out <= 64))
+                or (units and wide_out <= chunk),
+                "rest": even and units and (widest <= 64 or full),
+            }[launch]
+        if keep:
             resident, block_m = True, min(block_m, 32)
-            warps = 8 if units else warps
+            warps = 8 if cuda and (units or doubles) else warps
             block_in, block_out = (block_in, block_out) if backward else (wide_in, wide_out)
-            depth = WHOLE.value if units and launch != "rest" else depth
+            if cuda and units and launch == "rest":
+                depth = 64 if widest > 64 else depth
+            elif cuda and units:
+                depth = WHOLE.value
+            if launch == "last" and cuda and units and not half and wide_out > chunk:
+                block_out = 16
     block_m = min(block_m, _pad(rows, block_m))
     blocks = triton.cdiv(rows, block_m)
     # With neither weights to keep nor parts to merge, a program takes one block and is done.

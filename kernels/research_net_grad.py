@@ -18,10 +18,9 @@ from .moments import merge_rows
 from .research_net_kernels import (
     WHOLE,
     before_norm,
-    column_slices,
     load_rows,
     load_weight,
-    row_slices,
+    weight_slices,
 )
 
 
@@ -64,7 +63,7 @@ def middle_grad(
 
 @triton.jit
 def row_slices_product(dz, slices, acc, PRECISION: tl.constexpr):
-    """acc + dz @ W for the ``row_slices`` of a weight."""
+    """acc + dz @ W for slices of a weight's rows."""
     DEPTH: tl.constexpr = slices[0].shape[0]
     for i in tl.static_range(len(slices)):
         acc = multiply(take_columns(dz, i * DEPTH, DEPTH), slices[i], acc, PRECISION)
@@ -115,14 +114,16 @@ def research_net_grad_kernel(
     w1 = 0
     w2 = 0
     if RESIDENT:
-        w1 = column_slices(w1_ptr, F, IN, BLOCK_F, WIDE_IN, DEPTH)
-        w3 = row_slices(w3_ptr, OUT, H, WIDE_OUT, BLOCK_H, DEPTH)
+        w1 = weight_slices(w1_ptr, F, IN, BLOCK_F, WIDE_IN, BLOCK_F, DEPTH)
+        w3 = weight_slices(w3_ptr, OUT, H, WIDE_OUT, BLOCK_H, DEPTH, BLOCK_H)
+        w1_rows = w1
         if TWO:
-            w2 = column_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH)
-        if REST:
-            w1_rows = w1 if HELD else row_slices(w1_ptr, F, IN, BLOCK_F, WIDE_IN, DEPTH)
+            w2 = weight_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, BLOCK_H, DEPTH)
+            w2_rows = w2
+        if REST and not HELD:
+            w1_rows = weight_slices(w1_ptr, F, IN, BLOCK_F, WIDE_IN, DEPTH, WIDE_IN)
             if TWO:
-                w2_rows = w2 if HELD else row_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH)
+                w2_rows = weight_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH, BLOCK_F)
     if HELD:
         dw1 = tl.zeros([BLOCK_F, BLOCK_IN], ACC)
         dw3 = tl.zeros([BLOCK_OUT, BLOCK_H], ACC)

@@ -36,30 +36,21 @@ def load_weight(ptr, row0, rows, column0, columns, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def column_slices(ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                  DEPTH: tl.constexpr):  # fmt: skip
-    """A (rows, columns) matrix, DEPTH columns at a time, as a tuple of [ROWS, DEPTH]."""
-    WIDTH: tl.constexpr = min(DEPTH, COLUMNS)
+def weight_slices(ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """A (rows, columns) matrix as a tuple of slices of at most HEIGHT rows or WIDTH columns."""
+    R: tl.constexpr = min(HEIGHT, ROWS)
+    C: tl.constexpr = min(WIDTH, COLUMNS)
     slices = ()
-    for k in tl.static_range(0, COLUMNS, WIDTH):
-        slices += (load_weight(ptr, 0, rows, k, columns, ROWS, WIDTH),)
-    return slices
-
-
-@triton.jit
-def row_slices(ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-               DEPTH: tl.constexpr):  # fmt: skip
-    """A (rows, columns) matrix, DEPTH rows at a time, as a tuple of [DEPTH, COLUMNS]."""
-    HEIGHT: tl.constexpr = min(DEPTH, ROWS)
-    slices = ()
-    for k in tl.static_range(0, ROWS, HEIGHT):
-        slices += (load_weight(ptr, k, rows, 0, columns, HEIGHT, COLUMNS),)
+    for r in tl.static_range(0, ROWS, R):
+        for c in tl.static_range(0, COLUMNS, C):
+            slices += (load_weight(ptr, r, rows, c, columns, R, C),)
     return slices
 
 
 @triton.jit
 def slices_product(a, slices, acc, PRECISION: tl.constexpr):
-    """acc + a @ W.T for the ``column_slices`` of a weight."""
+    """acc + a @ W.T for slices of a weight's columns."""
     DEPTH: tl.constexpr = slices[0].shape[1]
     for i in tl.static_range(len(slices)):
         piece = take_columns(a, i * DEPTH, DEPTH)
@@ -149,9 +140,9 @@ def research_net_statistics_kernel(
     w1 = 0
     w2 = 0
     if RESIDENT:
-        w1 = column_slices(w1_ptr, F, IN, BLOCK_F, BLOCK_IN, DEPTH)
+        w1 = weight_slices(w1_ptr, F, IN, BLOCK_F, BLOCK_IN, BLOCK_F, DEPTH)
         if TWO:
-            w2 = column_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH)
+            w2 = weight_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, BLOCK_H, DEPTH)
     b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
     b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
     first = part.to(tl.int64) * rows_per_part
@@ -226,14 +217,14 @@ def research_net_kernel(
     w1 = 0
     w2 = 0
     if RESIDENT:
-        w1 = column_slices(w1_ptr, F, IN, BLOCK_F, BLOCK_IN, DEPTH)
+        w1 = weight_slices(w1_ptr, F, IN, BLOCK_F, BLOCK_IN, BLOCK_F, DEPTH)
         if TWO:
-            w2 = column_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, DEPTH)
+            w2 = weight_slices(w2_ptr, H, F, BLOCK_H, BLOCK_F, BLOCK_H, DEPTH)
     b1 = load_vector(b1_ptr, f, f < F, 0.0, ACC)
     b2 = load_vector(b2_ptr, h, in_h, 0.0, ACC) if TWO else b1
     c = tl.arange(0, BLOCK_OUT)
     if RESIDENT:
-        w3 = column_slices(w3_ptr, OUT, H, BLOCK_OUT, BLOCK_H, DEPTH)
+        w3 = weight_slices(w3_ptr, OUT, H, BLOCK_OUT, BLOCK_H, BLOCK_OUT, DEPTH)
     first = part.to(tl.int64) * rows_per_part
     last = tl.minimum(first + rows_per_part, M)
     for start in tl.range(first, last, BLOCK_M, disable_licm=DEPTH < WHOLE):

@@ -81,6 +81,27 @@ def test_networks_at_the_limit_keep_to_their_registers(
         assert kernel.spilled == 0, f"{kernel.name}: {kernel.spilled} bytes spilled"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("widths", "dtype", "precision", "chip"),
+    [
+        ((33, 50, 41, 60), torch.float64, "highest", "sm_90"),
+        ((64, 64, 64, 64), torch.float32, "high", "gfx942"),
+        ((64, 64, 64, 64), torch.bfloat16, "highest", "gfx942"),
+        ((128, 128, 128, 128), torch.bfloat16, "highest", "sm_100"),
+        ((20, 100, 100, 40), torch.float32, "high", "sm_100"),
+    ],
+)
+def test_networks_whose_weights_fill_the_chip_keep_to_their_registers(
+    widths: tuple[int, ...], dtype: torch.dtype, precision: str, chip: str
+) -> None:
+    """Those closest to a spill or to the end of shared memory where weights stay on chip."""
+    case = gpu_report.network(widths, dtype, precision, matrix=False)
+    for _, kernel in gpu_report.report([chip], [case]):
+        assert kernel.fits, f"{kernel.name}: {kernel.shared} bytes of shared memory"
+        assert kernel.spilled == 0, f"{kernel.name}: {kernel.spilled} bytes spilled"
+
+
 def test_table_has_a_line_for_every_kernel() -> None:
     rows = gpu_report.report(["sm_90"], [CASES[2]])
     lines = gpu_report.lines(rows)

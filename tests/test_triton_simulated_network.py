@@ -52,6 +52,17 @@ def network_op(
     return lambda: run(kernels, lambda t: t), run(reference, double)
 
 
+def check_in_sum(cc: int, op: Op, expected: list[Tensor]) -> list[LaunchStats]:
+    """As ``check`` for short mantissas: gates flip, so single elements differ; sums must not."""
+    results, records = simulate(cc, op, check_races=True, check_uninit=True)
+    for result, exact in zip(results, expected, strict=True):
+        error = (result.double() - exact).norm() / (exact.norm() + 1e-2 * exact.numel() ** 0.5)
+        assert error < 0.1
+    shuffled, _ = simulate(cc, op, shuffle=7)
+    assert all(map(torch.equal, results, shuffled))
+    return records
+
+
 @BOTH
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
@@ -68,19 +79,45 @@ def test_research_net(
 ) -> None:
     torch.set_float32_matmul_precision(precision)
     op, expected = network_op(rows, widths, torch.float32, training)
-    if precision == "high":  # tf32: gates flip, so single elements differ; sums must not by much
-        results, records = simulate(cc, op, check_races=True, check_uninit=True)
-        for result, exact in zip(results, expected, strict=True):
-            error = (result.double() - exact).norm() / (exact.norm() + 1e-2 * exact.numel() ** 0.5)
-            assert error < 0.1
-        shuffled, _ = simulate(cc, op, shuffle=7)
-        assert all(map(torch.equal, results, shuffled))
+    if precision == "high":
+        records = check_in_sum(cc, op, expected)
     else:
         records = check(cc, op, expected, 5e-6)
     kernels = names(records)
     forward = ["research_net_statistics", "research_net"] if training else ["research_net"]
     backward = ["research_net_grad"] * (2 if training else 1) + ["merge"]
     assert kernels == forward + backward
+
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize(
+    ("widths", "dtype", "precision"),
+    [
+        ((64, 64, 64, 64), torch.float64, "highest"),
+        ((33, 50, 41, 60), torch.float32, "high"),
+        ((128, 128, 128, 10), torch.bfloat16, "highest"),
+    ],
+)
+def test_research_net_of_weights_that_stay_on_chip(
+    cc: int,
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In training, where a program walks several blocks of rows."""
+    from fused_mlp.kernels import research_net as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    kernels.shape.cache_clear()
+    torch.set_float32_matmul_precision(precision)
+    op, expected = network_op(100, widths, dtype, True)
+    if dtype == torch.float64:
+        check(cc, op, expected, 1e-13)
+    else:
+        check_in_sum(cc, op, expected)
+    kernels.shape.cache_clear()
 
 
 @BOTH
@@ -136,35 +173,46 @@ def test_research_net_loads_weights_once_a_program(
 
 @BOTH
 @pytest.mark.parametrize(
-    ("dtype", "copies", "rest"),
+    ("width", "dtype", "precision", "sums", "rest"),
     [
-        (torch.float32, 1, False),
-        pytest.param(torch.bfloat16, 2, True, marks=pytest.mark.slow),
+        (64, torch.float32, "highest", (1, 2), False),
+        pytest.param(64, torch.float32, "high", (1, 2), True, marks=pytest.mark.slow),
+        pytest.param(64, torch.bfloat16, "highest", (2, 4), True, marks=pytest.mark.slow),
+        pytest.param(64, torch.float64, "highest", (3, 2), True, marks=pytest.mark.slow),
+        pytest.param(128, torch.bfloat16, "highest", (2, 3), True, marks=pytest.mark.slow),
     ],
 )
-def test_research_net_of_64_units_loads_weights_once_a_program_in_training(
-    cc: int, dtype: torch.dtype, copies: int, rest: bool, monkeypatch: pytest.MonkeyPatch
+def test_research_net_of_large_weights_loads_them_once_a_program_in_training(
+    cc: int,
+    width: int,
+    dtype: torch.dtype,
+    precision: str,
+    sums: tuple[int, int],
+    rest: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Multiply-adds read them from shared memory too; ``rest``: so does the launch of that name.
+    """Beyond the registers they stay in shared memory; ``rest``: in the launch of that name too.
 
-    It needs weights and transposes, and without matrix units spills if it holds both. ``copies``:
-    how many warps read each of the sums that backward adds to.
+    It needs weights and transposes, and without matrix units spills if it holds both. ``sums``:
+    how often the warps of a block read a weight's gradient, in the launches of backward.
     """
     from fused_mlp.kernels import research_net as kernels
 
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    torch.set_float32_matmul_precision(precision)
+    block = 16 if dtype == torch.float64 else 32
     loaded = []
-    for rows in (64, 128):
+    for rows in (2 * block, 4 * block):
         kernels.shape.cache_clear()
-        op, _ = network_op(rows, (64, 64, 64, 64), dtype, True)
+        op, _ = network_op(rows, (width,) * 4, dtype, True)
         _, records = simulate(cc, op)
         loaded.append(records)
     kernels.shape.cache_clear()
-    weight, more = 64 * 64 * dtype.itemsize, 64 * 64 * dtype.itemsize
-    # Backward reads the output's gradient twice, and adds up the weights' gradients (float32) in
-    # memory: a program that walks two blocks instead of one reads those it has once.
-    sums = copies * 64 * 64 * 4
-    expected = (more, more, 3 * more + 2 * sums, 3 * more + 2 * 2 * sums)
+    weight, more = width * width * dtype.itemsize, 2 * block * width * dtype.itemsize
+    # Backward reads the output's gradient twice, and adds up the weights' gradients in memory: a
+    # program that walks two blocks instead of one reads those it has once.
+    summed = 2 * width * width * max(dtype.itemsize, 4)
+    expected = (more, more, *(3 * more + times * summed for times in sums))
     for few, many, bytes_more, once in zip(
         *loaded, expected, (True, True, True, rest), strict=False
     ):
