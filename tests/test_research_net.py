@@ -115,13 +115,16 @@ def test_larger(device: torch.device) -> None:
         check_case(research_case(rows, REFERENCE_NETWORK, training, 0.3, device=device))
 
 
-def test_on_chip_and_op_by_op_agree(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("widths", [(10, 24, 12, 5), (10, 24, 16, 12, 5)])
+def test_on_chip_and_op_by_op_agree(
+    device: torch.device, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same masks and, up to rounding, the same values whichever way a network runs."""
-    case = research_case(33, (10, 24, 16, 12, 5), True, 0.4, dtype=torch.float64, device=device)
+    case = research_case(33, widths, True, 0.4, dtype=torch.float64, device=device)
     tensors = [t.requires_grad_() for t in case.tensors.values()]
-    results = []
-    for fits in (True, False):
-        monkeypatch.setattr(backends, "fits", lambda *_, fits=fits: fits)
+    results, fits = [], backends.fits
+    for on_chip in (fits, lambda *_: False):
+        monkeypatch.setattr(backends, "fits", on_chip)
         output = case.fused(*tensors)
         results.append((output, *torch.autograd.grad(output.square().sum(), tensors)))
     torch.testing.assert_close(*results)
