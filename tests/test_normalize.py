@@ -97,6 +97,15 @@ def test_scalar(device: torch.device) -> None:
     assert normalize(x, dim=-1, correction=0, eps=1.0) == 0
 
 
+@pytest.mark.parametrize("correction", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_scalar_with_eps(device: torch.device, correction: float) -> None:
+    """A value alone deviates by 0 from itself; the deviation less a correction is none."""
+    x = torch.tensor(3.0, device=device)
+    y = normalize(x, correction=correction, eps=0.1)
+    assert y.isnan() if correction else y == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [None, (0,), (1,), (0, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
