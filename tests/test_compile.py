@@ -237,6 +237,19 @@ def test_compiled_gradient_penalty_in_an_eager_backward_is_refused_as_for_eager(
             slope.square().sum().backward()
 
 
+@kinds
+def test_a_graph_that_runs_eagerly_is_differentiated_twice(kind, device):
+    results = []
+    for net in pair_in(kind, "train", device):
+        net.double()
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        x = rows(device=device).double().requires_grad_()
+        (slope,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        results.append([x.grad, *(p.grad for p in net.parameters())])
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_other_children_compile_again(device):
     """What a run is depends on the classes of the children, which a graph guards on."""
     eager, fused = pair_in("FusedSequential", "train", device)

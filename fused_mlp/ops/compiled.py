@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import backends, reference
 from ..recompute import may_run_again
@@ -62,11 +63,15 @@ def research_net(
 ) -> Tensor | None:
     """Trace checked arguments into a graph's own op; None where the general op must run.
 
+    It must where nothing is traced either: backend="eager" runs a graph as a module runs, and
+    differentiates it twice.
+
     Args:
         buffers: running mean, running variance and, in training, the batch counter.
     """
     if (
-        input.device.type != "cpu"
+        type(input) in (Tensor, Parameter)
+        or input.device.type != "cpu"
         or backends.active_backend("cpu") != "native"
         or len(weights) > _MOST_LAYERS
         or (bn_weight is None) != (bn_bias is None)
