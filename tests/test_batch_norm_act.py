@@ -63,6 +63,23 @@ def test_larger(device: torch.device, shape: tuple[int, ...]) -> None:
         check_case(batch_norm_case(shape, False, activation="leaky_relu", p=p, device=device))
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_at_the_kink(device: torch.device, training: bool, activation: str) -> None:
+    """A weight and a bias of 0, as a last layer often begins, put every value on the kink."""
+    x, grad = torch.randn(9, 5, device=device), torch.randn(9, 5, device=device)
+    found = []
+    for function in (
+        lambda *tensors: batch_norm_act(*tensors, training, activation=activation),
+        lambda *tensors: getattr(F, activation)(F.batch_norm(*tensors, training)),
+    ):
+        mean, var = torch.zeros(5, device=device), torch.ones(5, device=device)
+        parameters = [torch.zeros(5, device=device, requires_grad=True) for _ in range(2)]
+        output = function(x, mean, var, *parameters)
+        found.append((output, *torch.autograd.grad(output, parameters, grad)))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device: torch.device, layout: str) -> None:
     case = batch_norm_case((7, 6, 5), True, activation="relu", p=0.2, device=device)
