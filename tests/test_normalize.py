@@ -195,6 +195,15 @@ def test_correction(device: torch.device, correction: float) -> None:
             check_case(case)
 
 
+@pytest.mark.parametrize("dim", [None, (0, 1)])
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_no_freedom_over_two_dimensions(device: torch.device, dim: tuple[int, ...] | None) -> None:
+    """An infinite deviation of all values, with a column that has none of its own."""
+    x = torch.tensor([[0.0, -1.0], [0.0, 1.0]], device=device)
+    assert (normalize(x, dim, correction=4) == 0).all()
+    assert x.std(dim, correction=4).isinf()
+
+
 def test_dim_as_int_or_sequence(device: torch.device) -> None:
     x = torch.randn(5, 6, 7, device=device)
     assert torch.equal(normalize(x, -1), normalize(x, (2,)))
