@@ -255,3 +255,20 @@ def test_no_channels_need_no_second_value(two_processes):
     """As in a batch norm without a group, and in a group of one, which asks as that does."""
     output, _ = two_processes.run(no_channels_alone)
     assert output.shape == (3, 0)
+
+
+def no_rows_anywhere(rank):
+    running = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
+    output = functional.batch_norm_leaky_relu(
+        torch.ones(0, 3), *running, training=True, process_group=distributed.group.WORLD
+    )
+    return output, *running
+
+
+def test_no_rows_anywhere_leave_the_running_statistics(two_processes):
+    """As torch's batch norm does with no rows of its own."""
+    running = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
+    expected = F.batch_norm(torch.ones(0, 3), *running, training=True), *running
+    for found in two_processes.run(no_rows_anywhere):
+        for ours, torchs in zip(found, expected, strict=True):
+            assert torch.equal(ours, torchs)
