@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .. import backends
+from .._version import __version__
 from ..ops._common import FLOATING
 from .norm import SynchronizedForward
 
@@ -151,8 +152,23 @@ def research_net(
         input, [linear.weight for linear in linears], [linear.bias for linear in linears],
         norm.weight, norm.bias, running_mean, running_var, training, list(dropout_p), None,
         norm.momentum or 0.0, norm.eps, negative_slope, num_batches_tracked=tracked,
-        compiled=not torch.compiler.is_exporting(),
+        compiled_for=None if torch.compiler.is_exporting() else _compiled_for(input.device.type),
     )  # fmt: skip
+
+
+def _compiled_for(device: str) -> str:
+    """Name what a graph is made for, which decides what its forward keeps for its backward.
+
+    The name stands in the graph, so that torch's caches on disk do not hand it to a process that
+    runs something else. Another choice in this process is guarded on, because it is read here.
+    """
+    return _describe(device, backends._chosen)
+
+
+@torch.compiler.assume_constant_result
+def _describe(device: str, chosen: str) -> str:
+    isa = backends.isa() if device == "cpu" else None
+    return f"{__version__} {backends.active_backend(device)} {isa}"
 
 
 def _chained(input: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> bool:

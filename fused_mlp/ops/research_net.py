@@ -149,7 +149,7 @@ def research_net(
     negative_slope: float = 0.01,
     *,
     num_batches_tracked: Tensor | None = None,
-    compiled: bool = False,
+    compiled_for: str | None = None,
 ) -> Tensor:
     """Return the network's output; see :func:`fused_mlp.functional.research_net`.
 
@@ -158,7 +158,8 @@ def research_net(
         seed: int64 tensor of shape (2,) that decides the dropout masks; drawn from torch's
             generator when it is None and some probability is not 0.
         num_batches_tracked: int64 scalar tensor that a training call counts up by one.
-        compiled: the call is traced for torch.compile, whose graphs run where they are made.
+        compiled_for: says that the call is traced for torch.compile, whose graphs run where they
+            are made, and by which kernels; see modules/tracing.py.
     """
     check(
         input, weights, biases, bn_weight, bn_bias, running_mean, running_var, training, dropout_p,
@@ -171,7 +172,7 @@ def research_net(
     op_by_op = use_formula(input, *weights, *biases, bn_weight, bn_bias) or not backends.fits(
         input, weights
     )
-    if compiled and seed is None and not op_by_op:
+    if compiled_for is not None and seed is None and not op_by_op:
         output = in_graph(
             input, weights, biases, bn_weight, bn_bias,
             (running_mean, running_var, num_batches_tracked), training, dropout_p, momentum, eps,

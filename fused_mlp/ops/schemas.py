@@ -160,7 +160,7 @@ PUBLIC_SCHEMAS = {
         "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float[] dropout_p,"
         " Tensor? seed=None, float momentum=0.1, float eps=1e-05, float negative_slope=0.01,"
-        " *, Tensor(c!)? num_batches_tracked=None, bool compiled=False) -> Tensor"
+        " *, Tensor(c!)? num_batches_tracked=None, str? compiled_for=None) -> Tensor"
     ),
 }
 
