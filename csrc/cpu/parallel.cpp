@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -55,42 +54,15 @@ void parallel_for_impl(int64_t count, int64_t grain, void (*body)(int64_t, int64
   comes_after(tasks.ended);
 }
 
+void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-namespace {
-
-constexpr size_t kLargePage = size_t{2} << 20;
-
-// A large page takes 0.1 to 0.2 ms, the 512 small ones in its place 0.7. But where free memory is
-// in pieces, or lent to the host of a virtual machine until somebody touches it, one took 4.6.
-constexpr std::chrono::microseconds kSmallPages{700};
-
-// Faults `count` large pages in. Once that has taken as long as small pages would have, it leaves
-// the rest to them: so it takes at most twice as long as the better choice would have.
-void fault_in(char* memory, int64_t count) {
-  const auto give_up = std::chrono::steady_clock::now() + count * kSmallPages;
-  while (count > 0 && std::chrono::steady_clock::now() < give_up) {
-    *static_cast<volatile char*>(memory) = 0;
-    memory += kLargePage;
-    --count;
-  }
-  if (count > 0) madvise(memory, static_cast<size_t>(count) * kLargePage, MADV_NOHUGEPAGE);
-}
-
-}  // namespace
-#endif
-
-void back_with_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < 2 * kLargePage) return;  // it may hold no whole one
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kLargePage - 1) / kLargePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLargePage;
-  const int64_t pages = static_cast<int64_t>(end - begin);
-  char* first = reinterpret_cast<char*>(begin * kLargePage);
-  // Refused where the kernel has none: then the kernels fault in what they write.
-  if (madvise(first, static_cast<size_t>(pages) * kLargePage, MADV_HUGEPAGE) != 0) return;
-  parallel_for(pages, 8, [first](int64_t begin, int64_t end) {
-    fault_in(first + static_cast<size_t>(begin) * kLargePage, end - begin);
-  });
+  constexpr size_t kLarge = size_t{4} << 20;  // at least one whole large page of 2 MiB
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kLarge) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  // No matter if it is refused.
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
@@ -124,8 +96,8 @@ void* allocate(size_t bytes) {
   }
   char* memory = static_cast<char*>(std::aligned_alloc(64, size));
   if (memory == nullptr) throw std::bad_alloc();
-  back_with_large_pages(memory, size);
   std::memcpy(memory, &size, sizeof(size));
+  advise_large_pages(memory, size);
   return memory + kHeader;
 }
 

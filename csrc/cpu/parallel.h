@@ -29,11 +29,10 @@ inline void parallel_for(int64_t count, int64_t grain, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Backs fresh memory with large pages for as long as they come fast. The system takes large blocks
-// back when they are freed, and faulting a fresh one in by 4 KiB takes 1 us each, ten times as long
-// as writing it: a copy into 400 MB of fresh memory took 116 ms, with large pages 21. Writes a byte
-// into each page.
-void back_with_large_pages(void* memory, size_t bytes);
+// Asks the system to back memory with large pages. It takes large blocks back when they are freed,
+// and faulting a fresh one in by 4 KiB takes 1 us each, ten times as long as writing it: a copy
+// into 400 MB of fresh memory took 116 ms, with large pages 21.
+void advise_large_pages(void* memory, size_t bytes);
 
 // The number of threads torch would use here; 1 inside a parallel region.
 int64_t thread_count();

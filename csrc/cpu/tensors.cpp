@@ -46,7 +46,7 @@ AtenTensorHandle new_handle(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   if (stride >= kMany) {
     int64_t bytes = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
-    back_with_large_pages(memory_of(handle), static_cast<size_t>(bytes));
+    advise_large_pages(memory_of(handle), static_cast<size_t>(bytes));
   }
   return handle;
 }
