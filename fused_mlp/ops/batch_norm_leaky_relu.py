@@ -84,6 +84,7 @@ apply_checked = super(torch.autograd.Function, BatchNormLeakyReLUFunction).apply
 
 # The kinds of tensors seen before, of any sizes: to recognise them spares 3 us of checks.
 _fit = Fit(feature_dim=None)
+remember = _fit.remember  # takes input, running_mean, running_var, weight and bias
 
 
 def batch_norm_leaky_relu(
@@ -147,17 +148,6 @@ def recognise(
         if vector is not None and vector.shape[0] != channels:
             return False
     return input.numel() > channels if training else running_mean is not None
-
-
-def remember(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Let tensors like these, which were checked and belong to a kernel, be recognised."""
-    _fit.remember(input, running_mean, running_var, weight, bias)
 
 
 def run(

@@ -64,6 +64,7 @@ apply_checked = super(torch.autograd.Function, LinearReLUFunction).apply
 
 # The kinds of tensors seen before, of any sizes: to recognise them spares 2 us of checks.
 _fit = Fit(feature_dim=None)
+remember = _fit.remember  # takes input, weight and bias
 
 
 def linear_relu(
@@ -97,11 +98,6 @@ def recognise(
         and input.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape[0] == weight.shape[0])
     )
-
-
-def remember(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Let tensors like these, which were checked and belong to a kernel, be recognised."""
-    _fit.remember(input, weight, bias)
 
 
 def run(
