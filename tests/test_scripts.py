@@ -127,6 +127,30 @@ def test_mutants_are_drawn_from_files_that_are_there() -> None:
             assert (mutants.ROOT / file).is_file()
 
 
+def test_a_mutant_is_killed_by_a_test_without_end_not_by_slow_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutants = load("mutants")
+    monkeypatch.setattr(mutants, "COPY", tmp_path)
+    monkeypatch.setattr(mutants, "SECONDS", 1)
+    (mutant,) = mutants.choose(["triton"], 1, 0, ["*"])
+    for name, code, outcome in (
+        ("slow", "def test_a(): time.sleep(0.7)\ndef test_b(): time.sleep(0.7)\n", "survived"),
+        ("endless", "def test_a():\n    while True: time.sleep(0.1)\n", "killed"),
+    ):
+        (tmp_path / f"test_{name}.py").write_text(f"import time\n{code}")
+        monkeypatch.setattr(mutants, "tests_for", lambda _, name=name: [f"test_{name}.py"])
+        by = {"survived": "", "killed": "no end"}[outcome]
+        assert mutants.run_tests(mutant) == (outcome, by)
+
+
+def test_mutants_spare_what_says_how_work_is_cut() -> None:
+    mutants = load("mutants")
+    scopes = {m.scope for m in mutants.all_mutants("triton") if m.file == "kernels/research_net.py"}
+    assert "research_net" in scopes
+    assert not scopes & {"shape", "_pad"}
+
+
 def test_the_thread_sanitizers_tests_are_there() -> None:
     sanitize = load("sanitize")
     found = sanitize.tests_of(sanitize.ROOT, "thread")
