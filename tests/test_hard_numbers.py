@@ -22,9 +22,8 @@ ROWS = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     if applies(name, dtype)
 ]
-# Units in the last place that are let through where eager is nearly exact. A row alone it sums in
-# many parts; here it is summed as in a batch, term after term: 11 units, and 3 in a batch's eager.
-UNITS = 12
+# Units in the last place that are let through where eager's result is no number.
+UNITS = 4
 
 
 @pytest.fixture
@@ -40,13 +39,10 @@ def on_cpu(device: torch.device, backend: str) -> torch.device:
 @pytest.mark.parametrize(("name", "dtype"), ROWS)
 def test_row(on_cpu: torch.device, name: str, dtype: torch.dtype) -> None:
     """Largest and mean error of output and gradient, in units in the last place."""
-    for what, (eager, fused) in measure(HARD[name](dtype=dtype, device=on_cpu)).items():
-        for ours, eagers, units in (
-            (fused.largest, eager.largest, UNITS),
-            (fused.mean, eager.mean, UNITS / 4),
-        ):
-            allowed = max(2 * eagers, units) if math.isfinite(eagers) else units
-            assert ours <= allowed, f"{what}: {fused}, eager {eager}"
+    for what, (eager, fused) in measure(name, dtype=dtype, device=on_cpu).items():
+        finite = math.isfinite(eager.largest)
+        assert fused.largest <= (2 * eager.largest if finite else UNITS), (what, fused, eager)
+        assert fused.mean <= (2 * eager.mean if finite else UNITS / 4), (what, fused, eager)
 
 
 @pytest.mark.parametrize("place", [0, -1])

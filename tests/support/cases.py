@@ -74,8 +74,8 @@ class Case:
 class _Source:
     """Random tensors that are the same on every device and in every dtype, up to rounding."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, dtype: torch.dtype, device: torch.device, draw: int) -> None:
+        self._generator = torch.Generator().manual_seed(draw)
         self._options = {"dtype": dtype, "device": device}
 
     def normal(self, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -97,8 +97,9 @@ def normalize_case(
     device: torch.device,
     scale: float = 1.0,
     offset: float = 0.0,
+    draw: int = 0,
 ) -> Case:
-    x = _Source(dtype, device).normal(*shape, scale=scale, offset=offset)
+    x = _Source(dtype, device, draw).normal(*shape, scale=scale, offset=offset)
     return Case(
         f"normalize({list(shape)}, dim={dim}, correction={correction}, eps={eps})",
         {"input": x},
@@ -120,9 +121,10 @@ def linear_case(
     dtype: torch.dtype = torch.float32,
     device: torch.device,
     seed: Sequence[int] = (0x1234567890ABCDEF, -77),
+    draw: int = 0,
 ) -> Case:
     """With an ``activation`` a case of linear_act, else of linear_relu."""
-    source = _Source(dtype, device)
+    source = _Source(dtype, device, draw)
     in_features = shape[-1]
     bound = max(in_features, 1) ** -0.5
     tensors = {
@@ -192,13 +194,14 @@ def batch_norm_case(
     scale: float = 1.0,
     offset: float = 0.0,
     eps: float = 1e-5,
+    draw: int = 0,
 ) -> Case:
     """``affine`` is one of "both", "weight", "bias" and "none".
 
     With an ``activation`` a case of batch_norm_act, else of batch_norm_leaky_relu.
     """
-    x = _Source(dtype, device).normal(*shape, scale=scale, offset=offset)
-    source = _Source(parameter_dtype or dtype, device, seed=1)
+    x = _Source(dtype, device, 2 * draw).normal(*shape, scale=scale, offset=offset)
+    source = _Source(parameter_dtype or dtype, device, 2 * draw + 1)
     channels = shape[1]
     tensors = {"input": x}
     if affine in ("both", "weight"):
@@ -251,9 +254,10 @@ def research_case(
     device: torch.device,
     eps: float = 1e-5,
     seed: Sequence[int] = (0x1234567890ABCDEF, 2**32 - 1),
+    draw: int = 0,
 ) -> Case:
     """``widths`` are those of the input, every hidden layer and the output."""
-    source = _Source(dtype, device)
+    source = _Source(dtype, device, draw)
     layers, channels = len(widths) - 1, widths[-2]
     tensors = {"input": source.normal(rows, widths[0])}
     for layer in range(layers):

@@ -126,7 +126,7 @@ void blocked_gemm(int64_t rows, const T* a, int64_t leading, const Panels<T>& b,
   const int64_t columns = b.columns(), stride = kGemmStride<T>;
   if (rows == 0 || columns == 0) return;
   const Parts row_parts = gemm_row_parts(rows);
-  const Parts depth_parts(b.depth(), kInPlaceDepth<T>, kLanes<T>);
+  const Parts depth_parts(b.depth(), kInPlaceDepth<T>, kTerms);
   const int64_t work = row_parts.size * larger(1, b.depth());
   int64_t width = kGemmWidth<T>;
   const int64_t threads = rows * b.depth() * columns > kThreadWork ? thread_count() : 1;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu/kernels/gemm.h"
 #include "cpu/kernels/rows.h"
 #include "cpu/kernels/transpose.h"
 
@@ -19,25 +20,35 @@ FUSED_MLP_INLINE void add_few_rows(const S* weight, int64_t in, int64_t features
                                    Vec<Compute<S>> (&z)[kVectors][kRows]) {
   using T = Compute<S>;
   constexpr int64_t kWidth = kLanes<T>;
-  Vec<T> square[kWidth];
-  int64_t k = 0;
-  for (; k + kWidth <= in && features >= kVectors * kWidth; k += kWidth) {
-    for (int v = 0; v < kVectors; ++v) {
-      load_square_transposed(weight + v * kWidth * in + k, in, square);
+  static_assert(kTerms % kWidth == 0);
+  for (int64_t k = 0; k < in;) {
+    const int64_t end = smaller(in, k + kTerms);
+    Vec<T> square[kWidth], sum[kVectors][kRows] = {};
+    for (; k + kWidth <= end && features >= kVectors * kWidth; k += kWidth) {
+      for (int v = 0; v < kVectors; ++v) {
+        load_square_transposed(weight + v * kWidth * in + k, in, square);
 #pragma GCC unroll 16
-      for (int j = 0; j < kWidth; ++j) {
-        for (int row = 0; row < kRows; ++row) z[v][row] += splat<T>(rows[row][k + j]) * square[j];
+        for (int j = 0; j < kWidth; ++j) {
+          for (int row = 0; row < kRows; ++row) {
+            sum[v][row] += splat<T>(rows[row][k + j]) * square[j];
+          }
+        }
       }
     }
-  }
-  for (; k < in; k += kWidth) {
-    const int64_t columns = smaller(kWidth, in - k);
-    for (int v = 0; v < kVectors; ++v) {
-      load_corner_transposed(weight + v * kWidth * in + k, in, features - v * kWidth,
-                             static_cast<int>(columns), square);
-      for (int64_t j = 0; j < columns; ++j) {
-        for (int row = 0; row < kRows; ++row) z[v][row] += splat<T>(rows[row][k + j]) * square[j];
+    for (; k < end; k += kWidth) {
+      const int64_t columns = smaller(kWidth, end - k);
+      for (int v = 0; v < kVectors; ++v) {
+        load_corner_transposed(weight + v * kWidth * in + k, in, features - v * kWidth,
+                               static_cast<int>(columns), square);
+        for (int64_t j = 0; j < columns; ++j) {
+          for (int row = 0; row < kRows; ++row) {
+            sum[v][row] += splat<T>(rows[row][k + j]) * square[j];
+          }
+        }
       }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      for (int row = 0; row < kRows; ++row) z[v][row] += sum[v][row];
     }
   }
 }

@@ -51,6 +51,13 @@ struct Ahead {
 // What a product starts from: zero, a bias a column, a bias a row, or what the result holds.
 enum class Start { kZero, kBias, kRowBias, kAccumulate };
 
+// Terms of a sum that are added up from zero in a register, before their sum goes to what came
+// before, the bias first. In one chain the rounding error of n terms grows as their square root
+// does: 200 inputs erred by three times as much as in eager code, which sums a single row in many
+// parts. In runs of 64 a network errs less than eager's at any number of rows, and a product 1024
+// terms deep takes 2 % longer; runs of 32 would cost 4 % there.
+constexpr int64_t kTerms = 64;
+
 // The leading dimension of a block of `columns`: whole panels, then one more vector so that rows
 // of a power-of-two length do not all fall into the same cache sets.
 template <class T>
@@ -82,60 +89,73 @@ FUSED_MLP_INLINE void keep_walking(T*& pointer) {
   asm("" : "+r"(pointer));
 }
 
+// sum += what a product starts from.
 template <class T, int kRows, int kVectors>
-inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                 Start start, const T* bias, bool rectify) {
-  constexpr int kWidth = kLanes<T>;
-  Vec<T> sum[kRows][kVectors];
+FUSED_MLP_INLINE void add_start(Start start, const T* bias, const T* c, int64_t c_stride,
+                                Vec<T> (&sum)[kRows][kVectors]) {
   if (start == Start::kAccumulate) {
-    T* row = c;
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i, row += c_stride) {
-      keep_walking(row);
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = load_raw(row + j * kWidth);
+    for (int i = 0; i < kRows; ++i, c += c_stride) {
+      keep_walking(c);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += load_raw(c + j * kLanes<T>);
     }
   } else if (start == Start::kRowBias) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = splat<T>(bias[i]);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += splat<T>(bias[i]);
     }
-  } else {
+  } else if (start == Start::kBias) {
     for (int j = 0; j < kVectors; ++j) {
-      const Vec<T> first = start == Start::kBias ? load_raw(bias + j * kWidth) : Vec<T>{};
+      const Vec<T> first = load_raw(bias + j * kLanes<T>);
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) sum[i][j] = first;
+      for (int i = 0; i < kRows; ++i) sum[i][j] += first;
     }
   }
+}
+
+template <class T, int kRows, int kVectors>
+inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+                 Start start, const T* bias, bool rectify) {
+  constexpr int kWidth = kLanes<T>;
   // A pointer for every three rows; an index and a scale reach the others.
   constexpr int kPointers = (kRows + 2) / 3;
   const T* a_k[kPointers];
   for (int i = 0; i < kPointers; ++i) a_k[i] = a.data + 3 * i * a.row;
-  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
-    Vec<T> right[kVectors];
-    for (int j = 0; j < kVectors; ++j) right[j] = load_raw(b + j * kWidth);
+  for (int64_t left = depth;;) {
+    const int64_t terms = smaller(left, kTerms);
+    Vec<T> sum[kRows][kVectors] = {};
+    for (int64_t k = 0; k < terms; ++k, b += b_stride) {
+      Vec<T> right[kVectors];
+      for (int j = 0; j < kVectors; ++j) right[j] = load_raw(b + j * kWidth);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<T> left = splat<T>(a_k[i / 3][i % 3 * a.row]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<T> element = splat<T>(a_k[i / 3][i % 3 * a.row]);
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sum[i][j] += left * right[j];
-    }
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += element * right[j];
+      }
 #pragma GCC unroll 16
-    for (int i = 0; i < kPointers; ++i) {
-      a_k[i] += a.column;
-      keep_walking(a_k[i]);
+      for (int i = 0; i < kPointers; ++i) {
+        a_k[i] += a.column;
+        keep_walking(a_k[i]);
+      }
     }
-  }
-  // Sums stay in registers only where every loop over them is unrolled.
-  if (rectify) {
+    add_start<T, kRows, kVectors>(start, bias, c, c_stride, sum);
+    start = Start::kAccumulate;
+    left -= terms;
+    // Sums stay in registers only where every loop over them is unrolled.
+    if (rectify && left == 0) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = relu<T>(sum[i][j]);
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = relu<T>(sum[i][j]);
+      }
     }
-  }
+    T* row = c;
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i, c += c_stride) {
-    keep_walking(c);
-    for (int j = 0; j < kVectors; ++j) store_raw(c + j * kWidth, sum[i][j]);
+    for (int i = 0; i < kRows; ++i, row += c_stride) {
+      keep_walking(row);
+      for (int j = 0; j < kVectors; ++j) store_raw(row + j * kWidth, sum[i][j]);
+    }
+    if (left == 0) return;
   }
 }
 

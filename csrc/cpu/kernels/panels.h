@@ -1,8 +1,8 @@
 // Rows of activations as transposed panels: [features][kPanel], a lane a row.
 //
 // A layer is then weight @ panel, and the weight is the left operand of the register tile, which is
-// read where it lies: nothing is packed. An element's sum begins with its bias and runs over its
-// terms in order whatever the blocks, so a row's bits depend on nothing but the row.
+// read where it lies: nothing is packed. An element's sum runs over its terms in order, in the runs
+// of gemm.h whatever the blocks, so a row's bits depend on nothing but the row.
 #pragma once
 
 #include "cpu/kernels/batch_norm.h"
@@ -103,7 +103,7 @@ void multiply_panels(const S* weight, int64_t leading, const Compute<S>* bias, i
                             : kInPlace ? kInPlaceRows
                                        : kGemmRows,
                             most);
-  const Parts depth_parts(in, kInPlace ? kInPlaceDepth<T> : kGemmWidth<T>, kLanes<T>);
+  const Parts depth_parts(in, kInPlace ? kInPlaceDepth<T> : kGemmWidth<T>, kTerms);
   for (int64_t i = 0; i < feature_parts.count; ++i) {
     const int64_t first = feature_parts.begin(i), height = feature_parts.length(i);
     for (int64_t part = 0; part < larger(1, depth_parts.count); ++part) {
