@@ -97,9 +97,14 @@ class Group:
 
 OPS = ("normalize", "linear_relu", "batch_norm_leaky_relu", "research_net")
 ACTIVATIONS = ("linear_act", "batch_norm_act")
+REFERENCE = ("statistics", "normalize", "linear_act", "batch_norm_act", "research_net")
 GROUPS = {
     "reference": Group(
-        tuple(f"fused_mlp/{name}.py" for name in ("reference", "dropout", "activations")),
+        (
+            *(f"fused_mlp/reference/{name}.py" for name in REFERENCE),
+            "fused_mlp/dropout.py",
+            "fused_mlp/activations.py",
+        ),
         26,
         {"FUSED_MLP_BACKEND": "reference"},
     ),

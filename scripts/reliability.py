@@ -88,7 +88,7 @@ def wrong_arguments() -> str:
 def mutants(results: list[dict]) -> str:
     """Return how many mutants of each operator and part were killed."""
     parts = {
-        "reference": "the formulas, `fused_mlp/reference.py`, `dropout.py` and `activations.py`",
+        "reference": "the formulas, `fused_mlp/reference`, `dropout.py` and `activations.py`",
         "autograd": "the autograd functions, `fused_mlp/ops`",
         "cpu": "the CPU kernels, `csrc/cpu/kernels`",
         "triton": "the Triton kernels, `kernels`, in its interpreter",

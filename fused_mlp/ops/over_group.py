@@ -17,7 +17,14 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import forward_ad
 
-from .. import reference
+from ..reference.statistics import (
+    accumulate_dtype,
+    affine,
+    channel_dims,
+    element_count,
+    per_channel,
+    reduced_dims,
+)
 from ._common import check_number, differentiate_formula, register_fake
 from .batch_norm_leaky_relu import check_tensors, raise_one_value
 from .normalize import check_arguments
@@ -94,7 +101,7 @@ def _merge(
     others' zeros is exact. All then merge the rows in the same order by the formula of Chan, Golub
     and LeVeque (1983), https://doi.org/10.1080/00031305.1983.10483115, in float64.
     """
-    count = reference._count(input, dim)
+    count = element_count(input, dim)
     _, mean, std = _moments(input, dim, 0.0, 0.0)
     shape, width = mean.shape, mean.numel()
     nothing = mean.new_zeros(2 * width + 1, dtype=torch.float64)
@@ -145,7 +152,7 @@ class NormalizeOverGroup(torch.autograd.Function):
                 grad_output,
             )
             return gradient, None, None, None, None
-        dims = reference._dims(input, ctx.dim)
+        dims = reduced_dims(input, ctx.dim)
         grad, centred = grad_output.to(mean.dtype), input.to(mean.dtype) - mean
         own = torch.stack([_sum(grad, dims), _sum(grad * centred, dims)])
         sum_grad, slope = _sum_over(own, ctx.group)
@@ -167,8 +174,8 @@ def _normalize_formula(
     eps: float,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    x = input.to(reference.accumulate_dtype(input.dtype))
-    dims = reference._dims(input, dim)
+    x = input.to(accumulate_dtype(input.dtype))
+    dims = reduced_dims(input, dim)
     centred = x - (_AllReduce.apply(_sum(x, dims), group) / count).to(x.dtype)
     squares = _AllReduce.apply(_sum(centred.square(), dims), group)
     return (centred / ((squares / freedom).sqrt().to(x.dtype) + eps)).to(input.dtype)
@@ -210,7 +217,7 @@ class BatchNormLeakyReLUOverGroup(torch.autograd.Function):
         negative_slope: float,
         group: dist.ProcessGroup,
     ) -> Tensor:
-        count, mean, squares = _merge(input, reference._channel_dims(input), group)
+        count, mean, squares = _merge(input, channel_dims(input), group)
         mean, squares = mean.flatten(), squares.flatten()
         _update_running(
             count, mean, squares, running_mean, running_var, num_batches_tracked, momentum
@@ -259,10 +266,10 @@ def _batch_norm_gradients(ctx: Any, grad_output: Tensor, mask: list[bool]) -> li
         means = _sum_over(torch.stack([grad_bias, grad_weight]), ctx.group) / count.clamp(min=1)
         scale = rstd if w is None else rstd * w
         shift, slope = (
-            reference._per_channel(v.to(mean.dtype), input)
+            per_channel(v.to(mean.dtype), input)
             for v in (means[0] * scale, means[1] * rstd * scale)
         )
-        grad_input -= torch.addcmul(shift, x - reference._per_channel(mean, input), slope)
+        grad_input -= torch.addcmul(shift, x - per_channel(mean, input), slope)
         gradients[0] = grad_input.to(input.dtype)
     if mask[1]:
         gradients[1] = grad_weight.to(weight.dtype)
@@ -280,15 +287,14 @@ def _batch_norm_formula(
     negative_slope: float,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    x = input.to(reference.accumulate_dtype(input.dtype))
-    dims, total = reference._channel_dims(input), count.clamp(min=1)
+    x = input.to(accumulate_dtype(input.dtype))
+    dims, total = channel_dims(input), count.clamp(min=1)
     mean = (_AllReduce.apply(x.sum(dims), group) / total).to(x.dtype)
-    centred = x - reference._per_channel(mean, input)
+    centred = x - per_channel(mean, input)
     var = (_AllReduce.apply(centred.square().sum(dims), group) / total).to(x.dtype)
-    normalized = centred * reference._per_channel((var + eps).rsqrt(), input)
-    affine = normalized * reference._affine(x, weight, 1.0, input)
-    affine = affine + reference._affine(x, bias, 0.0, input)
-    return F.leaky_relu(affine, negative_slope).to(input.dtype)
+    normalized = centred * per_channel((var + eps).rsqrt(), input)
+    output = affine(normalized, weight, bias, input)
+    return F.leaky_relu(output, negative_slope).to(input.dtype)
 
 
 def _update_running(
