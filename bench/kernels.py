@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_mlp import backends
+from fused_mlp import backends, on_chip
 from fused_mlp.dropout import draw_seed
 
 from .cases import NETWORK
@@ -28,7 +28,7 @@ def raw_calls(
     """
     layers: Any = getattr(work.fused, "research_layers", ())
     linears = [m for m in layers if isinstance(m, nn.Linear)]
-    if not linears or not backends.fits(x, [m.weight for m in linears]):
+    if not linears or not on_chip.fits(x, [m.weight for m in linears]):
         raise Unsupported("kernel: the case does not run in one op")
     norm: Any = next(m for m in layers if isinstance(m, nn.BatchNorm1d))
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]

@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -68,7 +68,7 @@ class _Library:
 
 
 @functools.cache
-def _native(device: str) -> _Library:
+def native_library(device: str) -> _Library:
     """Load the compiled kernels for ``device`` once, building them first where that is allowed."""
     if device == "cuda" and not torch.cuda.is_available():
         return _Library(None, "torch sees no CUDA device")
@@ -107,7 +107,7 @@ def _triton_missing(device: str) -> tuple[str, str] | None:
 
 def isa() -> str | None:
     """Return the instruction set the CPU kernels chose, or None without them."""
-    path = _native("cpu").path
+    path = native_library("cpu").path
     if path is None:
         return None
     function = ctypes.CDLL(path).fused_mlp_isa
@@ -118,7 +118,7 @@ def isa() -> str | None:
 @functools.cache
 def native_watch() -> Callable[[Any], Callable[..., bool]] | None:
     """Return the CPU library's ``watch`` (modules/snapshot.py), or None without the library."""
-    path = _native("cpu").path
+    path = native_library("cpu").path
     if path is None:
         return None
     function = ctypes.PyDLL(path).fused_mlp_watch
@@ -131,7 +131,7 @@ def status() -> list[BackendStatus]:
     """Return the state of every backend on the CPU and on CUDA, the preferred ones first."""
     result = []
     for device in _KEYS:
-        native, missing = _native(device), _triton_missing(device)
+        native, missing = native_library(device), _triton_missing(device)
         active = active_backend(device)
         result += [
             BackendStatus(
@@ -167,7 +167,7 @@ def active_backend(device: str) -> str:
         return "reference"
     if _chosen == "triton" and _triton_missing(device) is None:
         return "triton"
-    if _native(device).path is not None:
+    if native_library(device).path is not None:
         return "native"
     return "triton" if device == "cuda" and _triton_missing(device) is None else "reference"
 
@@ -179,7 +179,7 @@ def has_kernel(op: str, device: str) -> bool:
     """
     active = active_backend(device)
     if active == "native":
-        return op not in _native(device).plain
+        return op not in native_library(device).plain
     return active == "reference" or _in_triton(op)
 
 
@@ -253,7 +253,7 @@ def _triton_kernel(kernel: str) -> Callable[..., Any]:
     """Return the Triton kernel, or the reference's where Triton has none."""
     if not _in_triton(kernel):
         return _plain_kernel(kernel)
-    function: Callable[..., Any] = getattr(_triton_module(kernel), kernel)
+    function: Callable[..., Any] = getattr(triton_module(kernel), kernel)
     return function
 
 
@@ -288,7 +288,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
 
 
-def _triton_module(kernel: str) -> ModuleType:
+def triton_module(kernel: str) -> ModuleType:
     return importlib.import_module(_triton_module_name(kernel))
 
 
@@ -327,7 +327,7 @@ def _drop_trampoline(device: str) -> None:
 
 def _settle(device: str) -> None:
     """Leave the device's best backend registered in place of the trampoline."""
-    native = _native(device)
+    native = native_library(device)
     _drop_trampoline(device)
     if native.path is None and active_backend(device) == "triton":
         _register(kernels_library, _KEYS[device], _implementation("triton"))
@@ -337,89 +337,6 @@ def _settle(device: str) -> None:
             "`python -m fused_mlp doctor` says what to install.",
             stacklevel=2,
         )
-
-
-# -------------------------------------------------------------------- research_net on chip
-
-# Up to this width a block of rows and its activations stay in a core's cache: 256 columns keep 64
-# rows of three layers under 200 kB. With a wider layer the CPU kernels run layer by layer.
-CPU_CACHE_WIDTH = 256
-_WIDE_DTYPES = (torch.float32, torch.float64)  # and bfloat16 where it has products of its own
-# Below this many input columns the first layer is computed again in backward: its mask is stored,
-# one bit an element, in place of its output.
-CPU_RECOMPUTE_WIDTH = 32
-
-
-def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Return whether the active backend runs a network of these widths in one op."""
-    backend = active_backend(input.device.type)
-    widths = [weights[0].shape[1], *(w.shape[0] for w in weights)]
-    if backend == "native" and input.device.type == "cpu":
-        if max(widths) <= CPU_CACHE_WIDTH:
-            return min(widths) > 0
-        # Half precision is left to the library where products weigh most: see linear_act.cpp.
-        wide = input.dtype in _WIDE_DTYPES and _runs_wide()
-        return min(widths) > 0 and (wide or _has_pairs(input))
-    if backend == "triton":
-        return bool(_triton_module("research_net").fits(widths, input.dtype))
-    if backend == "native":
-        return bool(_cuda_fits(widths, input))
-    return True
-
-
-@functools.cache
-def _cpu_has(question: str) -> bool:
-    """Return what the CPU library answers to one of its questions (csrc/cpu/isa.cpp)."""
-    function = getattr(ctypes.CDLL(_native("cpu").path), question)
-    function.restype = ctypes.c_bool
-    return bool(function())
-
-
-def _runs_wide() -> bool:
-    return _cpu_has("fused_mlp_runs_wide")
-
-
-def _has_pairs(input: Tensor) -> bool:
-    """Return whether products of the input run on bfloat16's own instructions."""
-    return input.dtype == torch.bfloat16 and _cpu_has("fused_mlp_runs_bfloat16")
-
-
-def _cuda_fits(widths: Sequence[int], input: Tensor) -> bool:
-    library = ctypes.CDLL(_native("cuda").path)
-    array = (ctypes.c_int64 * len(widths))(*widths)
-    return bool(library.fused_mlp_research_net_fits(array, len(widths), int(input.element_size())))
-
-
-def saved_numel(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    training: bool,
-    dropout_p: Sequence[float],
-    seeded: bool,
-) -> int:
-    """Return how many elements research_net's ``saved`` has on the active backend.
-
-    It begins with the mean and rstd of the batch norm. In training the CPU kernels add what the
-    batch norm saw and what each hidden layer put out (csrc/cpu/kernels/network.h).
-    """
-    channels = weights[-2].shape[0]
-    if not training or input.device.type != "cpu" or active_backend("cpu") != "native":
-        return 2 * channels
-    rows = input.shape[0]
-    if _has_pairs(input):  # csrc/cpu/kernels/bfloat16/network.h: two elements in one
-        kept = (channels, *(w.shape[0] for w in weights[:-2]))
-        return 2 * channels + sum((rows * width + 1) // 2 for width in kept)
-    itemsize = reference.accumulate_dtype(input.dtype).itemsize
-    widest = max(weights[0].shape[1], *(w.shape[0] for w in weights))
-    wide = widest > CPU_CACHE_WIDTH and input.dtype in _WIDE_DTYPES
-    numel = 2 * channels + rows * channels
-    for layer, p in enumerate(dropout_p):
-        width = weights[layer].shape[0]
-        if layer > 0 or wide or weights[0].shape[1] > CPU_RECOMPUTE_WIDTH:
-            numel += rows * width
-        elif p > 0 and seeded:
-            numel += -(-rows * -(-width // 8) // itemsize)
-    return numel
 
 
 # ------------------------------------------------------------------------------- at import

@@ -164,7 +164,7 @@ def test_meta_tensors() -> None:
     [("reference", "reference"), ("auto", None), ("native", "native"), ("fast", "ValueError")],
 )
 def test_environment_variable(name: str, expected: str | None) -> None:
-    if name == "native" and not backends._native("cpu").path:
+    if name == "native" and not backends.native_library("cpu").path:
         pytest.skip("no native backend")
     code = "import fused_mlp; print(fused_mlp.backends.active_backend('cpu'))"
     result = run_python(code, FUSED_MLP_BACKEND=name)
@@ -178,7 +178,7 @@ def test_environment_variable(name: str, expected: str | None) -> None:
 
 def test_importing_and_choosing_is_quiet() -> None:
     """No warning of torch's or ours reaches a user who has a backend."""
-    if not backends._native("cpu").path:
+    if not backends.native_library("cpu").path:
         pytest.skip("without native kernels a warning says so")
     code = (
         "import warnings; warnings.simplefilter('error')\n"

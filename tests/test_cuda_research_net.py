@@ -11,7 +11,7 @@ from cuda_fixtures import CPU, cuda_library, each_gpu, gpu, simulate, tf32  # no
 from cuda_simulator import Simulator
 from support import DTYPES, check_case, lay_out, research_case
 
-from fused_mlp import backends
+from fused_mlp import on_chip
 
 KERNELS = torch.ops.fused_mlp_kernels
 REFERENCE = (10, 64, 32, 5)
@@ -28,7 +28,7 @@ def _fits(cuda_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
             cuda_library.fused_mlp_research_net_fits(array, len(widths), input.element_size())
         )
 
-    monkeypatch.setattr(backends, "fits", fits)
+    monkeypatch.setattr(on_chip, "fits", fits)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from support import INTERPRETED, example
 from support.cases import DTYPES, EXAMPLES
 from torch import Tensor
 
-from fused_mlp import FusedResearchNet, backends
+from fused_mlp import FusedResearchNet, on_chip
 from fused_mlp.functional import batch_norm_act, batch_norm_leaky_relu, linear_act, normalize
 
 ROWS = 20 if INTERPRETED else 260
@@ -37,8 +37,8 @@ def needs_own_product(device: torch.device, backend: str, widest: int) -> None:
     """Skip where torch's own product serves a layer as wide as that."""
     if INTERPRETED and widest > 65:
         pytest.skip("takes minutes in Triton's interpreter")
-    if widest > backends.CPU_CACHE_WIDTH and device.type == "cpu" and backend == "native":
-        if not backends._runs_wide():
+    if widest > on_chip.CPU_CACHE_WIDTH and device.type == "cpu" and backend == "native":
+        if not on_chip.runs_wide():
             pytest.skip("without FMA torch's own product serves wide layers")
 
 

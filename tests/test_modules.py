@@ -28,7 +28,7 @@ def test_network_of_any_depth_agrees_with_eager(device, hidden, training):
         assert_same_step(eager, fused, torch.randn(16, 10, device=device, requires_grad=True))
     x = torch.randn(16, 10, device=device)
     weights = [m.weight for m in fused.research_layers if isinstance(m, nn.Linear)]
-    if fused_mlp.backends.fits(x, weights):
+    if fused_mlp.on_chip.fits(x, weights):
         assert kernels_run(fused, x) == ["research_net"]
     else:  # op by op
         expected = ["linear_relu"] * (len(hidden) - 1) + ["batch_norm_leaky_relu"]

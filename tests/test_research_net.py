@@ -24,7 +24,7 @@ from support import (
 )
 from torch import nn
 
-from fused_mlp import backends
+from fused_mlp import on_chip
 from fused_mlp.functional import research_net
 
 OP = torch.ops.fused_mlp.research_net
@@ -122,9 +122,9 @@ def test_on_chip_and_op_by_op_agree(
     """The same masks and, up to rounding, the same values whichever way a network runs."""
     case = research_case(33, widths, True, 0.4, dtype=torch.float64, device=device)
     tensors = [t.requires_grad_() for t in case.tensors.values()]
-    results, fits = [], backends.fits
-    for on_chip in (fits, lambda *_: False):
-        monkeypatch.setattr(backends, "fits", on_chip)
+    results, fits = [], on_chip.fits
+    for chosen in (fits, lambda *_: False):
+        monkeypatch.setattr(on_chip, "fits", chosen)
         output = case.fused(*tensors)
         results.append((output, *torch.autograd.grad(output.square().sum(), tensors)))
     torch.testing.assert_close(*results)

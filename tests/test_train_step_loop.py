@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fused_mlp
-from fused_mlp import FusedSequential, TrainStep, backends
+from fused_mlp import FusedSequential, TrainStep, backends, on_chip
 
 NATIVE = backends.active_backend("cpu") == "native"
 CROSS_ENTROPY = nn.CrossEntropyLoss()
@@ -171,7 +171,7 @@ def test_dtypes_widths_and_inputs_without_a_fused_step():
     half, twin = both(adam, CROSS_ENTROPY, net(torch.bfloat16))
     assert_same_training(half, twin, batches(3, dtype=torch.bfloat16), fused=False, rtol=0, atol=0)
     wide = FusedSequential(*network_layers((6, 300, 8, 4), dtype=torch.float64))
-    fits = backends.fits(batches(1)[0][0], [m.weight for m in wide if isinstance(m, nn.Linear)])
+    fits = on_chip.fits(batches(1)[0][0], [m.weight for m in wide if isinstance(m, nn.Linear)])
     step, twin = both(lambda p: SGD(p, 0.1), CROSS_ENTROPY, wide)
     assert_same_training(step, twin, batches(3), fused=fits and NATIVE)
 

@@ -60,7 +60,7 @@ const Kernels& kernels() {
 
 }  // namespace fused_mlp
 
-// Whether networks of any width run in one op, in float32 and float64 (fused_mlp/backends.py).
+// Whether networks of any width run in one op, in float32 and float64 (fused_mlp/on_chip.py).
 extern "C" __attribute__((visibility("default"))) bool fused_mlp_runs_wide() {
   return fused_mlp::kernels().wide;
 }

@@ -1,4 +1,4 @@
-// research_net on the CPU. fused_mlp/backends.py says which widths come here (`fits`) and how many
+// research_net on the CPU. fused_mlp/on_chip.py says which widths come here (`fits`) and how many
 // elements `saved` has (`saved_numel`); the kernels lay them out (kernels/network.h).
 
 #include "cpu/network.h"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from .. import activations, backends
+from .. import activations, backends, on_chip
 from ..dropout import draw_seed
 from ..ops._common import bound, grad_needed, mark_written
 from ..ops.batch_norm_act import apply_checked as apply_batch_norm_act
@@ -285,11 +285,11 @@ def research_net(
             if not 0.0 <= p <= 1.0:
                 return None
         seed = draw_seed(input.device)
-    backend, on_chip = variant.fits
+    backend, in_one_op = variant.fits
     if backend != backends._chosen:
-        on_chip = backends.fits(input, weights)
-        variant.fits = (backends._chosen, on_chip)
-    if not on_chip:
+        in_one_op = on_chip.fits(input, weights)
+        variant.fits = (backends._chosen, in_one_op)
+    if not in_one_op:
         return research_net_op(
             input, weights, biases, weight, bias, running_mean, running_var, training, dropout_p,
             seed, momentum, eps, negative_slope, num_batches_tracked=tracked,

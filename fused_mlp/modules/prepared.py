@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from .. import backends
+from .. import backends, on_chip
 from ..ops._common import bound, grad_needed
 from ..ops.fit import Check, is_nested, make_check
 from ..ops.research_net import apply_checked
@@ -36,7 +36,7 @@ def can_prepare(input: Tensor, weights: Sequence[Tensor]) -> bool:
     return (
         input.device.type == "cpu"
         and backends.active_backend("cpu") == "native"
-        and backends.fits(input, weights)
+        and on_chip.fits(input, weights)
         # A mode wants to see the tensors a kernel takes.
         and torch._C._len_torch_dispatch_stack() == 0
         # `swap_tensors` refuses tensors that someone else refers to.

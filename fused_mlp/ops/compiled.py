@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import backends, reference
+from .. import backends, on_chip, reference
 from ..recompute import may_run_again
 from ._common import grad_needed, register_fake, spread
 
@@ -99,7 +99,7 @@ def _fake(
     _, _, _, *dropout_p = options
     weights = parameters[: len(dropout_p) + 2]
     dtype = reference.accumulate_dtype(input.dtype)
-    numel = backends.saved_numel(input, weights, True, dropout_p, seeded=True)
+    numel = on_chip.saved_numel(input, weights, True, dropout_p, seeded=True)
     if any(dropout_p):  # the seed stands at the end: csrc/cpu/network.cpp
         numel = numel + 2 if dtype == torch.float64 else (numel + 1) // 2 * 2 + 4
     output = input.new_empty(input.shape[0], weights[-1].shape[0])

@@ -1,7 +1,7 @@
 """``research_net``: the whole network in one op.
 
 Every layer but the last two is Linear+ReLU+Dropout; then comes Linear+BatchNorm1d+LeakyReLU and
-a last Linear. A backend takes the widths that fit on its chip (``backends.fits``); wider networks
+a last Linear. A backend takes the widths that fit on its chip (``on_chip.fits``); wider networks
 run op by op.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import on_chip, reference
 from ..dropout import draw_seed
 from ._common import (
     bound,
@@ -169,7 +169,7 @@ def research_net(
         check_number("research_net", "momentum", momentum)
     if type(negative_slope) is not float:
         check_number("research_net", "negative_slope", negative_slope)
-    op_by_op = use_formula(input, *weights, *biases, bn_weight, bn_bias) or not backends.fits(
+    op_by_op = use_formula(input, *weights, *biases, bn_weight, bn_bias) or not on_chip.fits(
         input, weights
     )
     if compiled_for is not None and seed is None and not op_by_op:
@@ -334,7 +334,7 @@ def _fake(
     return (
         input.new_empty(input.shape[0], weights[-1].shape[0]),
         input.new_empty(
-            backends.saved_numel(input, weights, training, dropout_p, seed is not None),
+            on_chip.saved_numel(input, weights, training, dropout_p, seed is not None),
             dtype=reference.accumulate_dtype(input.dtype),
         ),
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from .. import backends
+from .. import backends, on_chip
 from ..modules import snapshot
 from ..ops._common import bound
 from ..ops.fit import Fit, is_nested
@@ -69,7 +69,7 @@ class Plan:
         )  # fmt: skip
         if variant is None:
             raise Ordinary("the input or a parameter does not fit the layers")
-        if not backends.fits(input, weights):
+        if not on_chip.fits(input, weights):
             raise Ordinary("a layer is too wide for research_net")
         if judge.weight is not None and not (
             judge.weight.dtype == input.dtype

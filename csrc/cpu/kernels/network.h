@@ -11,7 +11,7 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 
 // Up to this many input columns the first layer is computed again in backward and only its mask is
-// kept: 10 columns cost a tenth of what reading back 64 activations does. fused_mlp/backends.py
+// kept: 10 columns cost a tenth of what reading back 64 activations does. fused_mlp/on_chip.py
 // counts the elements of `saved` by the same rule.
 constexpr int64_t kRecomputeWidth = 32;
 

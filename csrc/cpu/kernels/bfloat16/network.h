@@ -10,7 +10,7 @@ namespace fused_mlp::FUSED_MLP_ISA {
 
 // One call. `saved` holds, in float32, mean[h] and rstd[h] of the batch norm; in training then, in
 // bfloat16 and each from a whole float32 on, z[rows, h] and the output of each hidden layer.
-// fused_mlp/backends.py counts its elements by the same rule.
+// fused_mlp/on_chip.py counts its elements by the same rule.
 struct PairNet {
   const ResearchNet& op;
   int hidden_layers;
