@@ -93,8 +93,11 @@ def collect() -> Report:
 def _backends() -> list[dict[str, Any]]:
     states = [dataclasses.asdict(state) for state in backends.status()]
     for state in states:
-        if state["name"] == "native" and state["available"]:
-            state["library"] = _build.describe(Path(state["detail"]))
+        if state["name"] == "native":
+            # A wheel may hold kernels for GPUs that this machine has not.
+            installed = _build.installed_library(state["device"])
+            if library := Path(state["detail"]) if state["available"] else installed:
+                state["library"] = _build.describe(library)
     return states
 
 

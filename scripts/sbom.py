@@ -8,6 +8,7 @@ there: names, versions, licences. Of torch it is the build that pip chooses on t
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -27,12 +28,21 @@ def main() -> int:
     python = str(environment / "bin" / "python")
     run("-m", "pip", "--python", python, "install", "--quiet", str(wheels[0]))
     output = DIST / f"{wheels[0].name.split('-py3')[0]}.cdx.json"
+    version = wheels[0].name.split("-")[1]
     words = ["--pyproject", str(ROOT / "pyproject.toml"), "--mc-type", "library"]
     words += ["--output-reproducible", "--output-file", str(output)]
     run("-m", "cyclonedx_py", "environment", *words, python)
     shutil.rmtree(environment)
+    output.write_text(with_version(output.read_text(), version))
     print(output.relative_to(ROOT))
     return 0
+
+
+def with_version(listing: str, version: str) -> str:
+    """Say which version is listed: pyproject.toml, where cyclonedx-py looks, does not know it."""
+    content = json.loads(listing)
+    content["metadata"]["component"]["version"] = version
+    return json.dumps(content, indent=2) + "\n"
 
 
 def run(*words: str) -> None:

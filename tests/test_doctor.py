@@ -116,6 +116,7 @@ def test_without_nvcc(monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
     """It says which kernels NVIDIA GPUs get, and how nvcc comes from PyPI."""
     missing = _build.Tool(None, "no nvcc", "run: pip install 'fused_mlp[cuda-build]'")
     monkeypatch.setattr(doctor._build, "find_nvcc", lambda: missing)
+    monkeypatch.setattr(doctor._build, "installed_library", lambda kind: None)
     monkeypatch.setattr(
         doctor, "_triton", lambda: {"version": triton, "reason": "not installed", "remedy": ""}
     )
@@ -126,6 +127,17 @@ def test_without_nvcc(monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
     monkeypatch.undo()
     if _build.find_nvcc().path:
         assert "NVIDIA GPUs do without" not in doctor.render(doctor.collect())
+
+
+def test_a_wheel_with_cuda_kernels_on_a_machine_without_gpu(bare: Path) -> None:
+    """GPUs would run the library that is there: nothing is missing because no nvcc is."""
+    (bare / "fused_mlp" / "_C_cuda.so").touch()
+    facts = {"architectures": ["sm_80", "sm_90"], "compiler": "nvcc"}
+    (bare / "fused_mlp" / "_C_cuda.json").write_text(json.dumps(facts))
+    clean = {"PATH": str(bare), "CUDA_HOME": str(bare), "CUDA_VISIBLE_DEVICES": ""}
+    text = run("doctor", folder=bare, FUSED_MLP_JIT="0", **clean).stdout
+    assert "NVIDIA GPUs do without" not in text
+    assert "for sm_80, sm_90; built with nvcc" in text
 
 
 def test_wrong_numbers_are_a_broken_package(

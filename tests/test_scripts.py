@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -125,6 +126,13 @@ def test_mutants_are_drawn_from_files_that_are_there() -> None:
         assert mutant.before != mutant.after
         for file in mutants.tests_for(mutant):
             assert (mutants.ROOT / file).is_file()
+
+
+def test_the_list_of_components_says_which_version_it_is_of() -> None:
+    listing = json.dumps({"metadata": {"component": {"name": "fused_mlp"}}, "components": []})
+    named = json.loads(load("sbom").with_version(listing, "1.2.3"))
+    assert named["metadata"]["component"] == {"name": "fused_mlp", "version": "1.2.3"}
+    assert named["components"] == []
 
 
 def test_a_mutant_is_killed_by_a_test_without_end_not_by_slow_ones(

@@ -11,7 +11,14 @@ install time. So nothing in here imports torch or anything else outside the stan
 """
 
 from .errors import BuildFailed, BuildUnavailable
-from .library import build_library, cache_root, describe, library_path, source_root
+from .library import (
+    build_library,
+    cache_root,
+    describe,
+    installed_library,
+    library_path,
+    source_root,
+)
 from .runner import max_jobs
 from .toolchain import Tool, find_cxx, find_ninja, find_nvcc, find_torch, version_line
 
@@ -26,6 +33,7 @@ __all__ = [
     "find_ninja",
     "find_nvcc",
     "find_torch",
+    "installed_library",
     "library_path",
     "max_jobs",
     "source_root",

@@ -56,12 +56,12 @@ def library_path(kind: str) -> Path:
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, not {kind!r}")
+    if installed := installed_library(kind):
+        return installed
     prebuilt = PACKAGE / f"_C_{kind}.so"
     csrc = source_root()
     if not in_checkout():
-        return prebuilt if prebuilt.is_file() else _cached(kind, csrc)
-    if prebuilt.is_file() and describe(prebuilt).get("fingerprint") == fingerprint(kind, csrc):
-        return prebuilt
+        return _cached(kind, csrc)
     allowed = os.environ.get("FUSED_MLP_JIT", "1") != "0"
     if prebuilt.is_file() and not allowed:
         warnings.warn(
@@ -75,6 +75,16 @@ def library_path(kind: str) -> Path:
         return _cached(kind, csrc)
     _check_buildable(kind, csrc)
     return _build_once(kind, csrc, CHECKOUT / "build" / "fused_mlp" / kind, prebuilt)
+
+
+def installed_library(kind: str) -> Path | None:
+    """The library beside the package, where there is one and it goes with the sources."""
+    library = PACKAGE / f"_C_{kind}.so"
+    if not library.is_file():
+        return None
+    if in_checkout() and describe(library).get("fingerprint") != fingerprint(kind, source_root()):
+        return None
+    return library
 
 
 def describe(library: Path) -> dict[str, Any]:
