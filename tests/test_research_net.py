@@ -223,6 +223,18 @@ def test_empty_batch(device: torch.device, training: bool, dtype: torch.dtype) -
     assert (var == 0.5).all()
 
 
+def test_no_rows_in_evaluation_keep_the_running_statistics(device: torch.device) -> None:
+    """What is saved of none is what is saved of any number, eps and all."""
+    for rows in (0, 3):
+        case = research_case(rows, (4, 8, 6, 2), False, dtype=torch.float64, device=device)
+        x, *rest = case.tensors.values()
+        mean, var = torch.arange(2.0, 14, device=device, dtype=torch.float64).view(2, 6)
+        _, saved = torch.ops.fused_mlp_kernels.research_net(
+            x, rest[:3], rest[3:6], *rest[6:], mean, var, None, False, [0.0], None, 0.1, 0.5, 0.01
+        )
+        torch.testing.assert_close(saved[:12], torch.cat([mean, (var + 0.5).rsqrt()]))
+
+
 @pytest.mark.parametrize("widths", [(0, 4, 3), (4, 0, 3), (4, 3, 0), (4, 0, 3, 2), (0, 0, 0, 0)])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_empty_layers(device: torch.device, training: bool, widths: tuple[int, ...]) -> None:
