@@ -119,6 +119,7 @@ GROUPS = {
             *(f"csrc/cpu/kernels/{name}" for name in (
                 "batch_norm.h", "moments.h", "gemm.h", "weight_grad.h", "dropout.h",
                 "activation.h", "elementary.h", "few_rows.h", "blocked_gemm.h", "rows.h",
+                "panels.h", "panel_walk.h", "linear_act_wide.cpp",
                 "normalize.cpp", "linear_act.cpp", "batch_norm_act.cpp", "activation.cpp",
                 "dropout.cpp", "gemm.cpp", "research_net.cpp", "research_net_backward.cpp",
                 "research_net_evaluate.cpp", "research_net_wide.cpp",
