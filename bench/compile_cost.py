@@ -1,27 +1,34 @@
 """What torch.compile adds to a fused step, and how much of that is the fused graph's own.
 
 A compiled call checks guards and goes through the runtimes of AOTAutograd and Inductor whatever its
-graph holds. That share is measured by compiling the same network, then putting what the module
-itself calls, its prepared network, in the place of the graphs' code, and comparing with a plain
-call of that prepared network. Inductor's code further asserts the sizes of every input and result,
-and its ops take all tensors at every call. In return, compiling spares the checks by which the
-module itself knows that nothing has changed.
+graph holds. That share is measured on a graph that does just what the module does uncompiled: it
+calls what the module itself calls, its prepared network, and keeps the same tensors for backward.
+Inductor wrote its code but for these calls. Compared with a plain call of the prepared network, it
+shows what compiling costs, without and with the assertions that Inductor writes for the sizes of
+every input and result. From there to the graphs that users get are two steps: they keep fewer
+tensors for backward, and their ops take all others at every call. In return, compiling spares the
+checks by which the module itself knows that nothing has changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import gc
+import re
+import types
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch._inductor.codecache import PyCodeCache
 
 from fused_mlp import FusedResearchNet
+from fused_mlp.ops import compiled
 from fused_mlp.ops.research_net import apply_checked
 
 from . import tables
@@ -29,6 +36,7 @@ from .cases import REFERENCE
 from .timing import SMOKE, Budget, interleave, spread
 
 _BATCH = 32
+_COPIES = 4  # of each step: where memory happens to lie makes some of them 5 µs slower
 _KERNELS = torch.ops.fused_mlp_kernels
 _NO_ASSERTS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 
@@ -40,57 +48,75 @@ def measure(device: torch.device, smoke: bool = False) -> list[dict[str, Any]]:
     """
     if device.type != "cpu":
         return []
-    budget = SMOKE if smoke else Budget(seconds=3.0, rounds=(11, 301))
+    budget = SMOKE if smoke else Budget(seconds=8.0, sample=10e-3, rounds=(11, 1001))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [_measure(_BATCH, training, budget) for training in (True, False)]
+        copies = 1 if smoke else _COPIES
+        return [_measure(_BATCH, training, budget, copies) for training in (True, False)]
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(batch: int, training: bool, budget: Budget) -> dict[str, Any]:
+def _measure(batch: int, training: bool, budget: Budget, copies: int) -> dict[str, Any]:
     first, *hidden, last = REFERENCE
     x, grad = torch.randn(batch, first), torch.randn(batch, last)
     fused = FusedResearchNet(first, hidden, last).train(training)
-    uncompiled: list[float] = []
 
-    def added(**options: Any) -> tuple[float, float]:
-        """Return what compiling with the options adds to a step, and what the module's checks."""
+    def compiled_step(prepared: bool = False, keep_all: bool = False, **options: Any) -> Any:
         net = copy.deepcopy(fused)
-        if options.get("backend") is _prepared_inside:
-            options["backend"] = functools.partial(_prepared_inside, _prepare(net))
-        torch.compiler.reset()  # a call looks through all that was compiled for its code
-        steps = {
-            "fused": _step(fused, fused, x, grad, training),
-            "compiled": _step(
-                torch.compile(net, fullgraph=True, **options), net, x, grad, training
-            ),
-            "plain": _step(_plain(net), net, x, grad, training),
-        }
-        with _compiled_and_settled(steps.values()):
-            samples = interleave(steps, budget)
-        us = {name: spread(taken.seconds).median * 1e6 for name, taken in samples.items()}
-        uncompiled.append(us["fused"])
-        return us["compiled"] - us["fused"], us["fused"] - us["plain"]
+        with mock.patch.object(FusedResearchNet, "__call__", _copy(FusedResearchNet.__call__)):
+            call = torch.compile(net, fullgraph=True, **options)
+        step = _step(call, net, x, grad, training)
+        with ExitStack() as stack:
+            stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+            stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
+            if prepared:
+                stack.enter_context(_calls_prepared(_prepare(net), numel, keep_all))
+            step()
+        return step
 
-    (compiled, checks), (unchecked, _) = added(), added(options=_NO_ASSERTS)
-    bare, _ = added(backend=_prepared_inside)
+    net = copy.deepcopy(fused)
+    numel = _KERNELS.research_net_prepared(x, _prepare(net))[1].numel() if training else 0
+    steps: dict[str, Callable[[], object]] = {}
+    for copied in range(copies):
+        net = copy.deepcopy(fused)
+        steps |= {
+            f"fused {copied}": _step(net, net, x, grad, training),
+            f"plain {copied}": _step(_plain(net), net, x, grad, training),
+            f"compiled {copied}": compiled_step(),
+            f"calls {copied}": compiled_step(True),
+            f"same {copied}": compiled_step(True, keep_all=True),
+            f"unchecked {copied}": compiled_step(True, keep_all=True, options=_NO_ASSERTS),
+        }
+    with _settled(steps.values()):
+        samples = interleave(steps, budget)
+    us: dict[str, float] = defaultdict(float)
+    for name, taken in samples.items():
+        us[name.split()[0]] += spread(taken.seconds).median * 1e6 / copies
+    own = us["same"] - us["plain"]
     return {
         "mode": "train" if training else "eval",
-        "fused µs": round(uncompiled[0], 1),
-        "compiled µs": round(uncompiled[0] + compiled, 1),
-        "compiling adds µs": round(compiled, 1),
-        "guards and runtimes µs": round(bare + checks, 1),
-        "size assertions µs": round(compiled - unchecked, 1),
-        "tensors handed over µs": round(unchecked - bare, 1),
-        "module's checks spared µs": round(checks, 1),
+        "fused µs": round(us["fused"], 1),
+        "compiled µs": round(us["compiled"], 1),
+        "compiling adds µs": round(us["compiled"] - us["fused"], 1),
+        "its own µs": round(own, 1),
+        "of these size assertions µs": round(us["same"] - us["unchecked"], 1),
+        "tensors handed over µs": round(us["compiled"] - us["calls"], 1),
+        "tensors no longer kept µs": round(us["same"] - us["calls"], 1),
+        "checks spared µs": round(us["fused"] - us["plain"], 1),
     }
 
 
+def _copy(function: Any) -> Any:
+    """Return the function with code of its own: a call looks through all compiled for its code."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, closure=function.__closure__)
+
+
 @contextmanager
-def _compiled_and_settled(steps: Any) -> Iterator[None]:
-    """Compile, then keep the collector from the many objects that compiling leaves.
+def _settled(steps: Any) -> Iterator[None]:
+    """Keep the collector from the many objects that compiling leaves.
 
     It would walk them every few hundred steps: 7 µs a step, whatever was compiled.
     """
@@ -157,72 +183,73 @@ def _prepare(net: FusedResearchNet) -> Tensor:
     return prepared
 
 
-def _prepared_inside(prepared: Tensor, graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Compile as Inductor does, but to code that calls the prepared network."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+_library = torch.library.Library("fused_mlp_bench", "DEF")
+_library.define("backward(Tensor grad, Tensor input, Tensor[] given, Tensor saved) -> Tensor[]")
+torch.library.register_fake(
+    "fused_mlp_bench::backward",
+    lambda grad, input, given, saved: [t.new_empty(t.shape) for t in given],
+    lib=_library,
+)
 
-    def inner(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        code = _code(graph, prepared)
-        compiled: Any = compile_fx_inner(graph, inputs, **options)
-        compiled.current_callable = code
-        return compiled
 
+class _KeepsAll(torch.autograd.Function):
+    """The node of a graph that keeps for backward what the uncompiled module keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        _, buffers, options = call
+        output, saved = _KERNELS.research_net_compiled(tensors[0], tensors[1:], buffers, options)
+        ctx.save_for_backward(*tensors, saved)
+        result: Tensor = output
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, *given, saved = ctx.saved_tensors
+        return None, None, *torch.ops.fused_mlp_bench.backward(grad, input, given, saved)
+
+
+_prepared: list[Tensor] = []  # what the code that Inductor wrote calls, in the order of compiling
+
+
+@contextmanager
+def _calls_prepared(prepared: Tensor, numel: int, keep_all: bool) -> Iterator[None]:
+    """Inside, Inductor's code calls the prepared network in the place of a graph's own op.
+
+    Args:
+        numel: how many elements the prepared network saves for backward.
+    """
+    handle = f"{__name__}._prepared[{len(_prepared)}]"
+    _prepared.append(prepared)
+    write = PyCodeCache.write
+
+    def rewritten(source: str, *rest: Any) -> Any:
+        return write(_rewrite(source, handle, numel), *rest)
+
+    node = _KeepsAll if keep_all else compiled.ResearchNetCompiledFunction
     with (
-        torch._functorch.config.patch(enable_autograd_cache=False),
-        torch._inductor.config.patch(fx_graph_cache=False),
+        mock.patch.object(compiled, "ResearchNetCompiledFunction", node),
+        mock.patch.object(PyCodeCache, "write", rewritten),
     ):
-        return compile_fx(graph, inputs, inner, dict(_NO_ASSERTS))
+        yield
 
 
-def _code(graph: fx.GraphModule, prepared: Tensor) -> Callable[[list[Any]], list[Any]]:
-    """Return what takes and gives what a graph with one of our ops does."""
-    *nodes, output = graph.graph.nodes
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    name, ours, given = next(filter(None, map(_ours, nodes)))
-    call: Callable[..., Any]
-    wanted, behind = ("input",), (prepared,)
-    if name == "research_net_compiled_backward":
-        call = _KERNELS.research_net_prepared_backward.default
-        wanted, behind = ("grad_output", "input", "saved"), (prepared, None)
-    elif name == "research_net_compiled":
-        call = _KERNELS.research_net_prepared.default
+def _rewrite(source: str, prepared: str, numel: int) -> str:
+    """Return Inductor's code with the one call replaced, and the size of what forward saves."""
+    called = re.search(r"torch\.ops\.fused_mlp_\w+\.(\w+)\.default\((.*)\)\n", source)
+    assert called is not None, source
+    op, given = called.groups()
+    own = "torch.ops.fused_mlp_kernels.research_net"
+    if op.endswith("backward"):
+        grad, input, saved = re.findall(r"\b[a-z]\w*", re.sub(r"\[.*?\]", "", given))
+        call = f"{own}_prepared_backward.default({grad}, {input}, {saved}, prepared, None)\n"
     else:
-        call = _evaluate
-    taken = [inputs.index(given[argument]) for argument in wanted]
-
-    def place(node: Any) -> int:
-        """Where a value of the graph stands among the inputs, the results and None."""
-        if node is None:
-            return -1
-        if node.op == "placeholder":
-            return inputs.index(node)
-        return len(inputs) + (0 if node is ours else int(node.args[1]))
-
-    places = [place(node) for node in output.args[0]]
-
-    def run(arguments: list[Any]) -> list[Any]:
-        found = call(*[arguments[i] for i in taken], *behind)
-        everything = [*arguments, *found, None]
-        arguments.clear()
-        return [everything[i] for i in places]
-
-    return run
-
-
-def _ours(node: fx.Node) -> tuple[str, fx.Node, dict[str, Any]] | None:
-    """Return the name, the node and the arguments where it calls one of our ops."""
-    op: Any = node.target
-    if node.op == "call_function" and node.args and isinstance(node.args[0], torch._ops.OpOverload):
-        op = node.args[0]  # inside the node that says what the op writes
-        return op._opname, node, dict(node.kwargs)
-    if getattr(op, "namespace", None) != _KERNELS.name:
-        return None
-    names = [argument.name for argument in op._schema.arguments]
-    return op._opname, node, dict(zip(names, node.args, strict=False))
-
-
-def _evaluate(input: Tensor, prepared: Tensor) -> tuple[Tensor]:
-    return (_KERNELS.research_net_evaluate.default(input, prepared),)
+        saved = r"buf\d+"
+        name = "evaluate" if op.endswith("evaluate") else "prepared"
+        call = f"{own}_{name}.default({given.partition(',')[0]}, prepared)\n"
+    source = source.replace(called[0], call)
+    source = re.sub(rf"(assert_size_stride\({saved}), \(\d+, \)", rf"\1, ({numel}, )", source)
+    return f"import {__name__}\nprepared = {prepared}\n{source}"
 
 
 def main(arguments: Sequence[str]) -> int:

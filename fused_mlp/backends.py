@@ -115,6 +115,13 @@ def isa() -> str | None:
     return str(function().decode())
 
 
+def library() -> str | None:
+    """Return the fingerprint of the CPU library's sources, or None without the library."""
+    path = native_library("cpu").path
+    found: str | None = _build.describe(Path(path)).get("fingerprint") if path else None
+    return found
+
+
 @functools.cache
 def native_watch() -> Callable[[Any], Callable[..., bool]] | None:
     """Return the CPU library's ``watch`` (modules/snapshot.py), or None without the library."""

@@ -330,6 +330,26 @@ def test_compiled_step_is_the_modules_step(what, hidden, backend, device):
     torch.testing.assert_close(results[1], results[0], **exact)
 
 
+@pytest.mark.parametrize("hidden", [[16, 12], [12]])
+def test_backward_of_a_graph_knows_the_vectors_of_its_forward(hidden, device):
+    """Forward copies them, so that a change in between makes no difference."""
+    if (device.type, active_backend("cpu")) != ("cpu", "native"):
+        pytest.skip("the CPU library has these ops")
+    net = FusedResearchNet(10, hidden, 5, dropout=0.4)
+    compiled = Compiled(net, backend="aot_eager")
+    found = []
+    for changed in (False, True):
+        torch.manual_seed(3)
+        loss = compiled(rows()).square().sum()
+        if changed:
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    if parameter.dim() == 1:
+                        parameter.mul_(2)
+        found.append(torch.autograd.grad(loss, list(net.parameters())))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def kernels_of(net, x):
     with torch.profiler.profile() as profile:
         net(x)

@@ -7,59 +7,34 @@ namespace fused_mlp {
 namespace {
 
 Call describe(const Network& network, const Tensor& input) {
-  Call call;
+  const std::vector<Tensor>& biases = network.biases;
+  STD_TORCH_CHECK(biases.size() == network.weights.size(),
+                  "fused_mlp: research_net: expected as many biases as weights");
+  Call call = describe_weights(network, input);
   ResearchNet& net = call.net;
-  const std::vector<Tensor>&weights = network.weights, &biases = network.biases;
-  const size_t layers = weights.size();
-  STD_TORCH_CHECK(layers >= 2 && layers <= kMaxLayers && biases.size() == layers &&
-                      network.dropout_p.size() == layers - 2,
-                  "fused_mlp: research_net: expected 2 to ", kMaxLayers,
-                  " weights, as many biases and 2 fewer dropout probabilities");
-  STD_TORCH_CHECK(input.is_cpu() && input.dim() == 2,
-                  "fused_mlp: research_net: expected a 2D CPU input");
-  call.dtype = input.scalar_type();
-  call.accumulate = accumulate_type(input);
-  net.dtype = dtype_of(input);
-  net.rows = input.size(0);
-  net.layers = static_cast<int>(layers);
-  net.widths[0] = input.size(1);
-  const bool rows_contiguous =
-      (input.size(1) <= 1 || input.stride(1) == 1) && input.stride(0) >= input.size(1);
-  net.input = rows_contiguous ? elements_of(input) : call.contiguous_data(input);
-  net.input_stride = rows_contiguous ? input.stride(0) : input.size(1);
-  for (size_t l = 0; l < layers; ++l) {
-    const Tensor &weight = weights[l], &bias = biases[l];
-    STD_TORCH_CHECK(weight.is_cpu() && bias.is_cpu() && weight.dim() == 2 &&
-                        weight.size(1) == net.widths[l] && bias.numel() == weight.size(0) &&
-                        dtype_of(weight) == net.dtype && dtype_of(bias) == net.dtype,
-                    "fused_mlp: research_net: weights[", l, "] or biases[", l,
-                    "] do not fit what comes before them");
-    net.widths[l + 1] = weight.size(0);
-    net.weights[l] = call.contiguous_data(weight);
-    net.biases[l] = call.contiguous_data(bias);
+  for (size_t l = 0; l < biases.size(); ++l) {
+    STD_TORCH_CHECK(biases[l].is_cpu() && biases[l].numel() == net.widths[l + 1] &&
+                        dtype_of(biases[l]) == net.dtype,
+                    "fused_mlp: research_net: biases[", l, "] does not fit its weight");
+    net.biases[l] = call.contiguous_data(biases[l]);
   }
-  for (double p : network.dropout_p) {
-    STD_TORCH_CHECK(p >= 0 && p <= 1,
-                    "fused_mlp: research_net: dropout_p must be between 0 and 1, but got ", p);
-  }
-  const int64_t channels = net.widths[layers - 1];
-  net.bn_weight = channels_of(network.bn_weight, channels, "bn_weight");
-  net.bn_bias = channels_of(network.bn_bias, channels, "bn_bias");
-  net.training = network.training;
-  net.momentum = network.momentum;
-  net.eps = network.eps;
-  net.negative_slope = network.negative_slope;
+  const int64_t channels = net.widths[net.layers - 1];
+  if (network.bn_weight) net.bn_weight = channels_of(network.bn_weight, channels, "bn_weight");
+  if (network.bn_bias) net.bn_bias = channels_of(network.bn_bias, channels, "bn_bias");
   return call;
 }
 
 constexpr size_t kSeedBytes = 2 * sizeof(int64_t);
 
-// The seed stands behind everything else in `saved`.
-int64_t* seed_in(const Tensor& saved) {
+// What stands behind the first `numel` elements of `saved`.
+char* behind(const Tensor& saved, int64_t numel) {
   char* data = static_cast<char*>(const_cast<void*>(saved.const_data_ptr()));
-  const size_t itemsize = saved.scalar_type() == ScalarType::Double ? 8 : 4;
-  return reinterpret_cast<int64_t*>(data + static_cast<size_t>(saved.numel()) * itemsize -
-                                    kSeedBytes);
+  return data + numel * (saved.scalar_type() == ScalarType::Double ? 8 : 4);
+}
+
+// The seed stands behind what the kernels keep, at the end of the first `numel` elements.
+int64_t* seed_in(const Tensor& saved, int64_t numel) {
+  return reinterpret_cast<int64_t*>(behind(saved, numel) - kSeedBytes);
 }
 
 // The elements of `saved`, with room for a seed that begins at a multiple of 8 bytes.
@@ -72,13 +47,9 @@ int64_t saved_numel(const Network& network, Call& call) {
   return call.accumulate == ScalarType::Double ? numel + 2 : (numel + 1) / 2 * 2 + 4;
 }
 
-// All parameters that there are, and not the input.
-std::vector<bool> mask_of_parameters(const Network& network) {
-  std::vector<bool> mask(2 * network.weights.size() + 3, true);
-  mask.front() = false;
-  mask.end()[-2] = network.bn_weight.has_value();
-  mask.back() = network.bn_bias.has_value();
-  return mask;
+// The elements of `saved` where `more` stand at its end, which is at a multiple of 8 bytes then.
+int64_t with_more(int64_t numel, int64_t more) {
+  return more == 0 ? numel : (numel + more + 1) / 2 * 2;
 }
 
 // As fused_mlp/dropout.py: draw_seed.
@@ -98,6 +69,46 @@ const void* Call::contiguous_data(const Tensor& tensor) {
   if (tensor.is_contiguous()) return elements_of(tensor);
   copies.push_back(as_contiguous(tensor));
   return copies.back().const_data_ptr();
+}
+
+Call describe_weights(const Network& network, const Tensor& input) {
+  Call call;
+  ResearchNet& net = call.net;
+  const std::vector<Tensor>& weights = network.weights;
+  const size_t layers = weights.size();
+  STD_TORCH_CHECK(layers >= 2 && layers <= kMaxLayers && network.dropout_p.size() == layers - 2,
+                  "fused_mlp: research_net: expected 2 to ", kMaxLayers,
+                  " weights and 2 fewer dropout probabilities");
+  STD_TORCH_CHECK(input.is_cpu() && input.dim() == 2,
+                  "fused_mlp: research_net: expected a 2D CPU input");
+  call.dtype = input.scalar_type();
+  call.accumulate = accumulate_type(input);
+  net.dtype = dtype_of(input);
+  net.rows = input.size(0);
+  net.layers = static_cast<int>(layers);
+  net.widths[0] = input.size(1);
+  const bool rows_contiguous =
+      (input.size(1) <= 1 || input.stride(1) == 1) && input.stride(0) >= input.size(1);
+  net.input = rows_contiguous ? elements_of(input) : call.contiguous_data(input);
+  net.input_stride = rows_contiguous ? input.stride(0) : input.size(1);
+  for (size_t l = 0; l < layers; ++l) {
+    const Tensor& weight = weights[l];
+    STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == net.widths[l] &&
+                        dtype_of(weight) == net.dtype,
+                    "fused_mlp: research_net: weights[", l, "] does not fit what comes before it");
+    net.widths[l + 1] = weight.size(0);
+    net.weights[l] = call.contiguous_data(weight);
+  }
+  for (double p : network.dropout_p) {
+    STD_TORCH_CHECK(p >= 0 && p <= 1,
+                    "fused_mlp: research_net: dropout_p must be between 0 and 1, but got ", p);
+  }
+  net.bn_weight.dtype = net.bn_bias.dtype = net.dtype;  // of their gradients, where there are none
+  net.training = network.training;
+  net.momentum = network.momentum;
+  net.eps = network.eps;
+  net.negative_slope = network.negative_slope;
+  return call;
 }
 
 Call describe_forward(const Network& network, const Tensor& input) {
@@ -159,27 +170,28 @@ StableIValue backward(const Network& network, Call& call, const Tensor& grad_out
   for (size_t l = 0; l < layers; ++l) {
     op.grad_biases[l] = wanted(1 + layers + l, {net.widths[l + 1]}, call.dtype);
   }
-  const auto vector_like = [&](size_t i, const std::optional<Tensor>& parameter) -> ChannelVector {
-    void* data = wanted(i, {channels}, parameter ? parameter->scalar_type() : call.dtype);
-    return {data, parameter ? dtype_of(*parameter) : net.dtype};
+  const auto vector_like = [&](size_t i, const ChannelVector& parameter) -> ChannelVector {
+    return {wanted(i, {channels}, scalar_type_of(parameter.dtype)), parameter.dtype};
   };
-  op.grad_bn_weight = vector_like(1 + 2 * layers, network.bn_weight);
-  op.grad_bn_bias = vector_like(2 + 2 * layers, network.bn_bias);
+  op.grad_bn_weight = vector_like(1 + 2 * layers, net.bn_weight);
+  op.grad_bn_bias = vector_like(2 + 2 * layers, net.bn_bias);
   kernels().research_net_backward(op);
   return gradients.release();
 }
 
-std::tuple<Tensor, Tensor> run_and_draw(const Network& network, const Tensor& input) {
+std::tuple<Tensor, Tensor> run_and_draw(const Network& network, const Tensor& input, int64_t more) {
   Call call = describe_forward(network, input);
   ResearchNet& net = call.net;
   STD_TORCH_CHECK(!net.training || net.rows > 1,
                   "fused_mlp: research_net: training needs more than one row");
   const Tensor output = new_output(call);
-  const Tensor saved = new_empty_cpu({saved_numel(network, call)}, call.accumulate);
+  const int64_t numel = saved_numel(network, call);
+  const Tensor saved = new_empty_cpu({with_more(numel, more)}, call.accumulate);
   net.saved = saved.mutable_data_ptr();
+  std::fill(behind(saved, numel), behind(saved, saved.numel()), '\0');
   if (network.drops()) {
-    draw_seed(seed_in(saved));
-    set_seed(network, seed_in(saved), call);
+    draw_seed(seed_in(saved, numel));
+    set_seed(network, seed_in(saved, numel), call);
   }
   kernels().research_net(net);
   return {output, saved};
@@ -194,14 +206,12 @@ Tensor evaluate(const Network& network, const Tensor& input) {
   return output;
 }
 
-StableIValue backward_of_drawn(const Network& network, const Tensor& grad_output,
-                               const Tensor& input, const Tensor& saved,
-                               const std::optional<std::vector<bool>>& output_mask) {
-  Call call = describe_backward(network, input);
-  const int64_t numel = saved_numel(network, call);
-  if (network.drops() && saved.numel() == numel) set_seed(network, seed_in(saved), call);
-  return backward(network, call, grad_output, saved, numel,
-                  output_mask ? *output_mask : mask_of_parameters(network));
+StableIValue backward_of_drawn(const Network& network, Call& call, const Tensor& grad_output,
+                               const Tensor& saved, int64_t more,
+                               const std::vector<bool>& output_mask) {
+  const int64_t numel = saved_numel(network, call), total = with_more(numel, more);
+  if (network.drops() && saved.numel() == total) set_seed(network, seed_in(saved, numel), call);
+  return backward(network, call, grad_output, saved, total, output_mask);
 }
 
 }  // namespace fused_mlp

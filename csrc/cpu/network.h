@@ -30,7 +30,8 @@ struct Call {
 };
 
 // Raise where the tensors do not fit together; nothing is written. Without a seed nothing is
-// dropped.
+// dropped. `describe_weights` leaves biases and the batch norm's weight and bias to its caller.
+Call describe_weights(const Network& network, const Tensor& input);
 Call describe_forward(const Network& network, const Tensor& input);
 Call describe_backward(const Network& network, const Tensor& input);
 
@@ -46,13 +47,14 @@ StableIValue backward(const Network& network, Call& call, const Tensor& grad_out
                       const Tensor& saved, int64_t saved_numel,
                       const std::vector<bool>& output_mask);
 
-// The same in one, where the call draws the dropout's seed itself and keeps it at the end of
-// `saved`: output and `saved`, the output alone in evaluation, and the gradients, without a mask
-// those of all parameters and not the input's.
-std::tuple<Tensor, Tensor> run_and_draw(const Network& network, const Tensor& input);
+// The same in one, where the call draws the dropout's seed itself and keeps it in `saved`: output
+// and `saved`, the output alone in evaluation, and the gradients. Behind what kernels and dropout
+// keep, `saved` ends in `more` elements for the caller, zero at first.
+std::tuple<Tensor, Tensor> run_and_draw(const Network& network, const Tensor& input,
+                                        int64_t more = 0);
 Tensor evaluate(const Network& network, const Tensor& input);
-StableIValue backward_of_drawn(const Network& network, const Tensor& grad_output,
-                               const Tensor& input, const Tensor& saved,
-                               const std::optional<std::vector<bool>>& output_mask);
+StableIValue backward_of_drawn(const Network& network, Call& call, const Tensor& grad_output,
+                               const Tensor& saved, int64_t more,
+                               const std::vector<bool>& output_mask);
 
 }  // namespace fused_mlp

@@ -102,19 +102,18 @@ StableIValue research_net_prepared_backward(const Tensor& grad_output, const Ten
                                             const Tensor& saved, const Tensor& prepared,
                                             std::optional<std::vector<bool>> output_mask);
 
-// A network as compiled graphs call it (compiled.cpp).
+// A network as compiled graphs call it (compiled.cpp); the lists are emptied.
 std::tuple<Tensor, Tensor> research_net_compiled(const Tensor& input,
-                                                 const std::vector<Tensor>& parameters,
-                                                 const std::vector<Tensor>& buffers,
+                                                 std::vector<Tensor>& parameters,
+                                                 std::vector<Tensor>& buffers,
                                                  const std::vector<double>& options);
 
 StableIValue research_net_compiled_backward(const Tensor& grad_output, const Tensor& input,
-                                            const std::vector<Tensor>& parameters,
-                                            const Tensor& saved, const std::vector<double>& options,
+                                            std::vector<Tensor>& weights, const Tensor& saved,
                                             int64_t output_mask);
 
-Tensor research_net_compiled_evaluate(const Tensor& input, const std::vector<Tensor>& tensors,
-                                      double eps, double negative_slope);
+Tensor research_net_compiled_evaluate(const Tensor& input, std::vector<Tensor>& tensors, double eps,
+                                      double negative_slope);
 
 // A training step and the plan it runs: fused_mlp/training/plan.py makes and runs them.
 Tensor train_step_plan(std::vector<Tensor> weights, std::vector<Tensor> biases,

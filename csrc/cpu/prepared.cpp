@@ -25,6 +25,15 @@ const Network& network_of(const Tensor& prepared) {
   return content->network;
 }
 
+// All parameters that there are, and not the input.
+std::vector<bool> mask_of_parameters(const Network& network) {
+  std::vector<bool> mask(2 * network.weights.size() + 3, true);
+  mask.front() = false;
+  mask.end()[-2] = network.bn_weight.has_value();
+  mask.back() = network.bn_bias.has_value();
+  return mask;
+}
+
 }  // namespace
 
 Tensor research_net_prepare(std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -56,7 +65,10 @@ Tensor research_net_evaluate(const Tensor& input, const Tensor& prepared) {
 StableIValue research_net_prepared_backward(const Tensor& grad_output, const Tensor& input,
                                             const Tensor& saved, const Tensor& prepared,
                                             std::optional<std::vector<bool>> output_mask) {
-  return backward_of_drawn(network_of(prepared), grad_output, input, saved, output_mask);
+  const Network& network = network_of(prepared);
+  Call call = describe_backward(network, input);
+  return backward_of_drawn(network, call, grad_output, saved, 0,
+                           output_mask ? *output_mask : mask_of_parameters(network));
 }
 
 }  // namespace fused_mlp

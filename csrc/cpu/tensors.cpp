@@ -15,6 +15,23 @@ DType dtype_of(const Tensor& tensor) {
   STD_TORCH_CHECK(false, "fused_mlp: expected float32, float64, bfloat16 or float16");
 }
 
+ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Float;
+  }
+}
+
+size_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 ScalarType accumulate_type(const Tensor& tensor) {
   return dtype_of(tensor) == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }

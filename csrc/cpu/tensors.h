@@ -22,6 +22,10 @@ const Kernels& kernels();
 // The kernels' name of a dtype; raises for one they do not take.
 DType dtype_of(const Tensor& tensor);
 
+// The dtype that the kernels call so, and the bytes of an element.
+ScalarType scalar_type_of(DType dtype);
+size_t size_of(DType dtype);
+
 // float64 for float64, float32 for the others: the dtype of sums and statistics.
 ScalarType accumulate_type(const Tensor& tensor);
 

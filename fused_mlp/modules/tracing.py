@@ -167,8 +167,8 @@ def _compiled_for(device: str) -> str:
 
 @torch.compiler.assume_constant_result
 def _describe(device: str, chosen: str) -> str:
-    isa = backends.isa() if device == "cpu" else None
-    return f"{__version__} {backends.active_backend(device)} {isa}"
+    cpu = f" {backends.isa()} {backends.library()}" if device == "cpu" else ""
+    return f"{__version__} {backends.active_backend(device)}{cpu}"
 
 
 def _chained(input: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> bool:

@@ -28,23 +28,24 @@ _MOST_LAYERS = 30  # their gradients' flags and the input's are the bits of one 
 class ResearchNetCompiledFunction(torch.autograd.Function):
     """The autograd node of a training call in a compiled graph.
 
-    ``call`` holds running mean, running variance and batch counter; the options. The tensors that
-    may need a gradient follow: input, weights…, biases…, and the batch norm's two if it has them.
+    ``call`` holds the number of weights; running mean, running variance and batch counter; the
+    options. The tensors that may need a gradient follow: input, weights…, biases…, and the batch
+    norm's two if it has them. What backward needs of all but input and weights is in ``saved``.
     """
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        buffers, ctx.options = call
-        output, saved = _forward(tensors[0], tensors[1:], buffers, ctx.options)
-        ctx.save_for_backward(*tensors, saved)
+        weights, buffers, options = call
+        output, saved = _forward(tensors[0], tensors[1:], buffers, options)
+        ctx.save_for_backward(*tensors[: 1 + weights], saved)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, *parameters, saved = ctx.saved_tensors
+        input, *weights, saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         mask = sum(wanted << place for place, wanted in enumerate(needed))
-        found = _backward(grad_output, input, parameters, saved, ctx.options, mask)
+        found = _backward(grad_output, input, weights, saved, mask)
         return None, *spread(found, needed)
 
 
@@ -79,13 +80,16 @@ def research_net(
     ):
         return None
     affine = () if bn_weight is None or bn_bias is None else (bn_weight, bn_bias)
+    if any(vector.dtype != input.dtype for vector in affine):
+        return None
     tensors = (input, *weights, *biases, *affine)
     if training:
         if may_run_again():
             return None
         options = [momentum, eps, negative_slope, *dropout_p]
         if grad_needed(*tensors):
-            output: Tensor = ResearchNetCompiledFunction.apply((buffers, options), *tensors)
+            call = (len(weights), buffers, options)
+            output: Tensor = ResearchNetCompiledFunction.apply(call, *tensors)
             return output
         return _forward(input, tensors[1:], buffers, options)[0]
     if any(dropout_p) or grad_needed(*tensors):
@@ -100,22 +104,21 @@ def _fake(
     weights = parameters[: len(dropout_p) + 2]
     dtype = reference.accumulate_dtype(input.dtype)
     numel = on_chip.saved_numel(input, weights, True, dropout_p, seeded=True)
-    if any(dropout_p):  # the seed stands at the end: csrc/cpu/network.cpp
+    if any(dropout_p):  # the seed stands behind it: csrc/cpu/network.cpp
         numel = numel + 2 if dtype == torch.float64 else (numel + 1) // 2 * 2 + 4
+    # Then what backward needs of the others: csrc/cpu/compiled.cpp.
+    channels = weights[-2].shape[0] if len(parameters) > 2 * len(weights) else 0
+    numel = numel + weights[0].shape[0] + 2 * channels + (2 + len(dropout_p)) * 8 // dtype.itemsize
     output = input.new_empty(input.shape[0], weights[-1].shape[0])
-    return output, input.new_empty(numel, dtype=dtype)
+    return output, input.new_empty((numel + 1) // 2 * 2, dtype=dtype)
 
 
 def _fake_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    parameters: list[Tensor],
-    saved: Tensor,
-    options: list[float],
-    output_mask: int,
+    grad_output: Tensor, input: Tensor, weights: list[Tensor], saved: Tensor, output_mask: int
 ) -> list[Tensor]:
-    everything = enumerate((input, *parameters))
-    return [t.new_empty(t.shape) for place, t in everything if output_mask >> place & 1]
+    biases = [weight.shape[:1] for weight in weights]
+    everything = [t.shape for t in (input, *weights)] + biases + [biases[-2]] * 2
+    return [input.new_empty(s) for place, s in enumerate(everything) if output_mask >> place & 1]
 
 
 def _fake_evaluate(

@@ -98,18 +98,19 @@ PREPARED_SCHEMAS = {
 
 # What graphs of torch.compile hold of a network that the CPU library runs: few arguments, and the
 # dropout's seed drawn inside, as by `research_net_prepared`. `parameters` are weights, biases and,
-# if there are, the batch norm's weight and bias; `buffers` running mean, running variance and the
-# batch counter; `options` momentum, eps, slope and the dropout probabilities; a bit of
-# `output_mask` stands for the input and one for each parameter. `tensors` are parameters, running
-# mean and running variance.
+# if there are, the batch norm's weight and bias, all of one dtype; `buffers` running mean, running
+# variance and the batch counter; `options` momentum, eps, slope and the dropout probabilities. Of
+# all this backward takes the weights alone: the rest stands in `saved`. A bit of `output_mask` is
+# for the input, one for each weight, each bias, and the batch norm's weight and bias. `tensors` are
+# parameters, running mean and running variance.
 COMPILED_SCHEMAS = {
     "research_net_compiled": (
         "(Tensor input, Tensor[] parameters, Tensor(a!)[] buffers, float[] options)"
         " -> (Tensor output, Tensor saved)"
     ),
     "research_net_compiled_backward": (
-        "(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor saved, float[] options,"
-        " int output_mask) -> Tensor[]"
+        "(Tensor grad_output, Tensor input, Tensor[] weights, Tensor saved, int output_mask)"
+        " -> Tensor[]"
     ),
     "research_net_compiled_evaluate": (
         "(Tensor input, Tensor[] tensors, float eps, float negative_slope) -> Tensor"

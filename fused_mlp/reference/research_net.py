@@ -157,9 +157,8 @@ def research_net_compiled(
 def research_net_compiled_backward(
     grad_output: Tensor,
     input: Tensor,
-    parameters: Sequence[Tensor],
+    weights: Sequence[Tensor],
     saved: Tensor,
-    options: Sequence[float],
     output_mask: int,
 ) -> list[Tensor]:
     raise RuntimeError(_COMPILED)
