@@ -153,6 +153,17 @@ def test_equal_values_at_the_zero_of_gelus_derivative(device: torch.device) -> N
     check_case(act_case("gelu", (65,), 65, device=device), [t.to(device) for t in tensors])
 
 
+def test_a_single_row_at_the_zero_of_gelus_derivative(device: torch.device) -> None:
+    """33 equal terms, which torch adds up in many parts: the gradient is their rounding."""
+    generator = torch.Generator().manual_seed(105)
+    x = torch.randn(1, generator=generator)
+    weight = (-0.7517915 / (33 * x.double())).float()
+    weight = weight * (1 + 1e-5 * torch.randn(1, generator=generator))
+    torch.manual_seed(0)
+    case = act_case("gelu", (33,), 31, bias=False, device=device)
+    check_case(case, [t.to(device) for t in (x.expand(33), weight.expand(31, 33))])
+
+
 def test_linear_relu_is_the_special_case(device: torch.device) -> None:
     tensors = list(linear_case((33, 20), 17, device=device).tensors.values())
     assert torch.equal(linear_act(*tensors, "relu"), linear_relu(*tensors))

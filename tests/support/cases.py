@@ -59,6 +59,7 @@ class Case:
         sure: where the output's gradient is to be compared: no unit behind it is so near the kink
             of its ReLU that rounding chooses the side, and no gradient is more right than another.
         roundings: how often eager code rounds to the dtype on the way.
+        terms: what has gradients of the size of the terms that cancel in those of ``exact``.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     scales: dict[str, str] = field(default_factory=dict)
     sure: Callable[..., Tensor] | None = None
     roundings: int = 1
+    terms: Callable[..., Tensor] | None = None
 
 
 class _Source:
@@ -153,6 +155,11 @@ def linear_case(
             dropout_p=p, seed=seed_tensor,
         )  # fmt: skip
 
+    def terms(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        assert activation is not None
+        hidden = torch.nn.functional.linear(x, w, b)
+        return plain.dropout(plain.activation_terms(hidden, activation), p, keep)
+
     smooth = activation not in (None, "none", "relu", "leaky_relu")
     # The sums of float16 and bfloat16 are float32's.
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -172,6 +179,7 @@ def linear_case(
         # The sum of a few columns may cancel to nothing.
         scales={"bias": "weight"} if bias and 0 < out_features < 8 and in_features else {},
         roundings=1 + bool(p) + smooth,
+        terms=terms if activation in ("gelu", "silu") else None,
     )
 
 

@@ -6,6 +6,7 @@ may import the package under test.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,18 @@ def activation(x: Tensor, name: str, negative_slope: float, approximate: str = "
     if name == "leaky_relu":
         return F.leaky_relu(x, negative_slope)
     return F.gelu(x, approximate=approximate) if name == "gelu" else ACTIVATIONS[name](x)
+
+
+def activation_terms(x: Tensor, name: str) -> Tensor:
+    """Return what has the terms of GELU's or SiLU's derivative, but none that cancel, as its own.
+
+    Φ(x) + xφ(x) and σ(x) + xσ(x)(1 - σ(x)) have a zero each, where x is negative: what is left of
+    them there is the rounding of x.
+    """
+    if name == "gelu":
+        normal = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+        return F.gelu(x) + torch.where(x < 0, 2 * normal, 0)
+    return F.silu(x) + torch.where(x < 0, 2 * (F.softplus(x) - F.silu(x)), 0)
 
 
 def batch_norm_exact(
