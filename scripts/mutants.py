@@ -81,9 +81,10 @@ SKIPPED = re.compile(
     r"kThreadWork|kPassCost|chunk_count|grain|Arena|Scratch|bytes|\broom\b|padded|block_rows"
     r"|kLeastRows|raise|Error|warn|\bf\"|#include|template|^ *(def|class|import|from) |constexpr"
     r"|\bparallel_for\(|kSpan|larger\(1|constexpr_function|STD_TORCH_CHECK|std::swap|Temporary<|prefetch"
+    r"|\bwork [-+]?="
 )
 # Functions whose whole business that is.
-CUTTING = ("shape", "fits", "_pad", "_grid", "_tiles")
+CUTTING = ("shape", "fits", "padded", "_pad", "_grid", "_tiles")
 
 
 @dataclass(frozen=True)

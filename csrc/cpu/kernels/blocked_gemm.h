@@ -145,8 +145,7 @@ void blocked_gemm(int64_t rows, const T* a, int64_t leading, const Panels<T>& b,
       const int64_t first = column_parts.begin(column_part);
       const int64_t wide = column_parts.length(column_part);
       for (int64_t part = 0; part < larger(1, depth_parts.count); ++part) {
-        const int64_t k = depth_parts.begin(part);
-        const int64_t depth = b.depth() > 0 ? depth_parts.length(part) : 0;
+        const int64_t k = depth_parts.begin(part), depth = depth_parts.length(part);
         for (int64_t c = 0; c < wide; c += kPanel<T>) {
           const T* panel = b.get((first + c) / kPanel<T>, k, depth, room);
           multiply<T>(height, smaller(kPanel<T>, wide - c), depth,

@@ -107,8 +107,7 @@ void multiply_panels(const S* weight, int64_t leading, const Compute<S>* bias, i
   for (int64_t i = 0; i < feature_parts.count; ++i) {
     const int64_t first = feature_parts.begin(i), height = feature_parts.length(i);
     for (int64_t part = 0; part < larger(1, depth_parts.count); ++part) {
-      const int64_t k = depth_parts.begin(part);
-      const int64_t depth = in > 0 ? depth_parts.length(part) : 0;
+      const int64_t k = depth_parts.begin(part), depth = depth_parts.length(part);
       Left<T> left = {room, kGemmStride<T>, 1};
       if constexpr (kInPlace) {
         left = {weight + first * leading + k, leading, 1};
