@@ -138,6 +138,7 @@ def test_interrupt_in_a_kernel() -> None:
         """
         import os, signal, threading, time, torch, torch.nn.functional as F
         from fused_mlp import FusedResearchNet, TrainStep
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
         torch.set_num_threads(2)
         net = FusedResearchNet(10, [64, 32], 5)
         step = TrainStep(net, F.mse_loss, torch.optim.SGD(net.parameters(), lr=0.01))
