@@ -235,6 +235,23 @@ def test_no_rows_in_evaluation_keep_the_running_statistics(device: torch.device)
         torch.testing.assert_close(saved[:12], torch.cat([mean, (var + 0.5).rsqrt()]))
 
 
+@pytest.mark.parametrize("widths", [REFERENCE_NETWORK, (10, 300, 12, 5)], ids=["narrow", "wide"])
+def test_no_rows_have_gradients_of_zero(device: torch.device, widths: tuple[int, ...]) -> None:
+    """In the kernels themselves, which autograd's formula keeps an empty batch from."""
+    kernels = torch.ops.fused_mlp_kernels
+    case = research_case(0, widths, True, dtype=torch.float64, device=device)
+    x, *rest = case.tensors.values()
+    parameters = (rest[:3], rest[3:6], *rest[6:])
+    output, saved = kernels.research_net(
+        x, *parameters, None, None, None, True, [0.0], None, 0.1, 1e-5, 0.01
+    )
+    gradients = kernels.research_net_backward(
+        output, x, *parameters, saved, True, [0.0], None, 0.01, [True] * 9
+    )
+    assert [g.shape for g in gradients] == [t.shape for t in case.tensors.values()]
+    assert all((g == 0).all() for g in gradients)
+
+
 @pytest.mark.parametrize("widths", [(0, 4, 3), (4, 0, 3), (4, 3, 0), (4, 0, 3, 2), (0, 0, 0, 0)])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_empty_layers(device: torch.device, training: bool, widths: tuple[int, ...]) -> None:

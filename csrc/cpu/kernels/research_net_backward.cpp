@@ -330,10 +330,7 @@ void backward(const ResearchNetBackward& op) {
   double* sum_x = norm_sums + channels;
   input_grad_coefficients<T>(net.training, channels, static_cast<double>(net.rows), norm_sums,
                              sum_x, rstd, call.affine.scale, call.k2, call.k3);
-  // Without rows rstd is NaN, and the sums are zero as they are.
-  for (int64_t c = 0; net.rows > 0 && c < channels; ++c) {
-    sum_x[c] *= static_cast<double>(rstd[c]);
-  }
+  for (int64_t c = 0; c < channels; ++c) sum_x[c] *= static_cast<double>(rstd[c]);
   write_channels(sum_x, channels, op.grad_bn_weight);
   write_channels(norm_sums, channels, op.grad_bn_bias);
   if (net.training) pass(false, true);

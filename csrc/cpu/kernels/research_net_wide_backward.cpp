@@ -114,8 +114,7 @@ void backward(const ResearchNetBackward& op) {
   const T* rstd = wide.shape.rstd();
   input_grad_coefficients<T>(net.training, channels, static_cast<double>(net.rows), sums, sum_x,
                              rstd, wide.affine.scale, k2, k3);
-  // Without rows rstd is NaN, and the sums are zero as they are.
-  for (int64_t c = 0; net.rows > 0 && c < channels; ++c) sum_x[c] *= static_cast<double>(rstd[c]);
+  for (int64_t c = 0; c < channels; ++c) sum_x[c] *= static_cast<double>(rstd[c]);
   write_channels(sum_x, channels, op.grad_bn_weight);
   write_channels(sums, channels, op.grad_bn_bias);
   grad_below_norm(wide, k2, k3, grad.data());

@@ -130,8 +130,7 @@ void research_net_bfloat16_backward(const ResearchNetBackward& op) {
   const float* rstd = net.rstd();
   input_grad_coefficients<float>(call.training, channels, static_cast<double>(rows), sums, sum_x,
                                  rstd, net.affine.scale, k2, k3);
-  // Without rows rstd is NaN, and the sums are zero as they are.
-  for (int64_t c = 0; rows > 0 && c < channels; ++c) sum_x[c] *= static_cast<double>(rstd[c]);
+  for (int64_t c = 0; c < channels; ++c) sum_x[c] *= static_cast<double>(rstd[c]);
   write_channels(sum_x, channels, op.grad_bn_weight);
   write_channels(sums, channels, op.grad_bn_bias);
   grad_below_norm(net, k2, k3, grad);
