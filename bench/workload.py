@@ -120,7 +120,22 @@ def build(case: Case) -> Workload:
     fused.load_state_dict(eager.state_dict())
     eager.train(case.mode == "train")
     fused.train(case.mode == "train")
-    return Workload(case, eager, fused, _inputs(case, before, outputs))
+    inputs = _inputs(case, before, outputs)
+    if case.op == "linear_relu" and case.mode == "train":
+        inputs[0] = (inputs[0][0], _where_sure(eager, *inputs[0]))
+    return Workload(case, eager, fused, inputs)
+
+
+def _where_sure(model: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of Linear and ReLU but for units that are 0 up to rounding.
+
+    They may fall to either side of ReLU and take their gradient along: of 2048 squared one does.
+    """
+    weight, bias = (parameter.detach().double() for parameter in model.parameters())
+    x = x.detach().double()
+    unit = torch.finfo(torch.float64 if grad.dtype == torch.float64 else torch.float32).eps
+    terms = nn.functional.linear(x.abs(), weight.abs(), bias.abs())
+    return grad * (nn.functional.linear(x, weight, bias).abs() > 8 * unit * terms).to(grad)
 
 
 def _shake(model: nn.Module) -> None:

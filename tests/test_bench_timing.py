@@ -161,3 +161,15 @@ def test_peak_memory_sees_what_is_held() -> None:
     peak = counting.peak_memory(lambda: torch.empty(1000).add(1).sum(), torch.device("cpu"))
     assert peak is not None
     assert 8000 <= peak < 9000
+
+
+def test_units_at_the_kink_of_relu_have_no_gradient() -> None:
+    """Rounding chooses their side, and a gradient that one contestant passes on is not wrong."""
+    case = cases.Case("linear_relu", (64, 32, 16), 64, "train")
+    linear = workload.build(case).eager[0]
+    x, grad = torch.randn(3, 32), torch.ones(3, 16)
+    with torch.no_grad():
+        linear.bias[2] -= linear(x)[1, 2]
+    kept = workload._where_sure(linear, x, grad)
+    assert kept[1, 2] == 0
+    assert kept.sum() == grad.numel() - 1
