@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import counting, environment, workload
 from .cases import Case
-from .errors import Unsupported, Wrong
+from .errors import BenchError, Unsupported, Wrong
 from .results import Row
 from .rivals import AGAIN, EAGER, FUSED, RIVALS, Contestant, Rival
 from .timing import Budget, Samples, Spread, interleave, ratios, spread
@@ -24,6 +24,9 @@ def measure(case: Case, rivals: Sequence[Rival], budget: Budget) -> list[Row]:
     """Return a row for every rival, and one for eager a second time: what ratio noise makes.
 
     A contestant that cannot run or is wrong gets a row without times that says so.
+
+    Raises:
+        BenchError: where fused is wrong.
     """
     gc.collect()
     work = workload.build(case)
@@ -43,6 +46,8 @@ def measure(case: Case, rivals: Sequence[Rival], budget: Budget) -> list[Row]:
         except Unsupported:
             del rows[rival.name]
         except Wrong as reason:
+            if rival.name == FUSED:  # all times are relative to it
+                raise BenchError(f"{case}: fused is wrong: {reason}") from None
             row.note = f"wrong, so not timed: {reason}"
         except Exception as failure:  # a rival's failure is its own
             if rival.name in (EAGER, FUSED):

@@ -115,7 +115,7 @@ def isa() -> str | None:
     return str(function().decode())
 
 
-def library() -> str | None:
+def fingerprint() -> str | None:
     """Return the fingerprint of the CPU library's sources, or None without the library."""
     path = native_library("cpu").path
     found: str | None = _build.describe(Path(path)).get("fingerprint") if path else None

@@ -334,7 +334,7 @@ def test_compiled_step_is_the_modules_step(what, hidden, backend, device):
 def test_backward_of_a_graph_knows_the_vectors_of_its_forward(hidden, device):
     """Forward copies them, so that a change in between makes no difference."""
     if (device.type, active_backend("cpu")) != ("cpu", "native"):
-        pytest.skip("the CPU library has these ops")
+        pytest.skip("only the CPU library has these ops")
     net = FusedResearchNet(10, hidden, 5, dropout=0.4)
     compiled = Compiled(net, backend="aot_eager")
     found = []
@@ -359,7 +359,7 @@ def kernels_of(net, x):
 @modes
 def test_graph_holds_the_librarys_own_op(mode, device):
     if (device.type, active_backend("cpu")) != ("cpu", "native"):
-        pytest.skip("the CPU library has these ops")
+        pytest.skip("only the CPU library has these ops")
     _, fused = pair_in("FusedResearchNet", mode, device, dropout=0.5)
     compiled = torch.compile(fused, fullgraph=True)
     with torch.set_grad_enabled(mode == "train"):

@@ -56,7 +56,8 @@ void keep(const Kept& kept, const Network& network, const Tensor& saved) {
   const auto copy = [&](const Tensor& vector) {
     const Tensor elements = as_contiguous(vector);
     const int64_t numel = elements.numel();
-    std::memcpy(at, elements_of(elements), static_cast<size_t>(numel) * size_of(dtype_of(vector)));
+    std::memcpy(at, elements_of(elements),
+                static_cast<size_t>(numel * size_of(vector.scalar_type())));
     at += numel * kept.itemsize;
   };
   copy(network.biases[0]);
@@ -67,14 +68,12 @@ void keep(const Kept& kept, const Network& network, const Tensor& saved) {
   std::memcpy(at, kept.numbers.data(), kept.numbers.size() * sizeof(double));
 }
 
-int64_t itemsize_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : 4; }
-
 // The numbers of a network of so many layers.
 std::vector<double> numbers_in(const Tensor& saved, size_t layers) {
   std::vector<double> numbers(layers);
   const size_t bytes = layers * sizeof(double);
   const ScalarType dtype = saved.scalar_type();
-  const auto all = static_cast<size_t>(saved.numel() * itemsize_of(dtype));
+  const auto all = static_cast<size_t>(saved.numel() * size_of(dtype));
   STD_TORCH_CHECK(layers >= 2 && (dtype == ScalarType::Double || dtype == ScalarType::Float) &&
                       saved.is_cpu() && saved.is_contiguous() && all >= bytes,
                   "fused_mlp: research_net_compiled_backward: expected what forward saved");
@@ -106,7 +105,7 @@ std::tuple<Tensor, Tensor> research_net_compiled(const Tensor& input,
   Kept kept{{affine ? 1.0 : 0.0, options[2]},
             network.biases.front().numel(),
             network.biases.end()[-2].numel(),
-            itemsize_of(accumulate_type(input))};
+            size_of(accumulate_type(input))};
   kept.numbers.insert(kept.numbers.end(), options.begin() + 3, options.end());
   std::tuple<Tensor, Tensor> results = run_and_draw(network, input, kept.numel());
   keep(kept, network, std::get<1>(results));
@@ -126,7 +125,7 @@ StableIValue research_net_compiled_backward(const Tensor& grad_output, const Ten
   Call call = describe_weights(network, input);
   ResearchNet& net = call.net;
   const Kept kept{std::move(numbers), net.widths[1], net.widths[layers - 1],
-                  itemsize_of(saved.scalar_type())};
+                  size_of(saved.scalar_type())};
   char* at = kept.begin(saved);
   net.biases[0] = at;
   if (kept.affine()) {

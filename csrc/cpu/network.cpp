@@ -29,7 +29,7 @@ constexpr size_t kSeedBytes = 2 * sizeof(int64_t);
 // What stands behind the first `numel` elements of `saved`.
 char* behind(const Tensor& saved, int64_t numel) {
   char* data = static_cast<char*>(const_cast<void*>(saved.const_data_ptr()));
-  return data + numel * (saved.scalar_type() == ScalarType::Double ? 8 : 4);
+  return data + numel * size_of(saved.scalar_type());
 }
 
 // The seed stands behind what the kernels keep, at the end of the first `numel` elements.

@@ -28,8 +28,8 @@ ScalarType scalar_type_of(DType dtype) {
   }
 }
 
-size_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+int64_t size_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
 ScalarType accumulate_type(const Tensor& tensor) {

@@ -22,9 +22,11 @@ const Kernels& kernels();
 // The kernels' name of a dtype; raises for one they do not take.
 DType dtype_of(const Tensor& tensor);
 
-// The dtype that the kernels call so, and the bytes of an element.
+// The dtype that the kernels call so.
 ScalarType scalar_type_of(DType dtype);
-size_t size_of(DType dtype);
+
+// The bytes of an element of one of these dtypes.
+int64_t size_of(ScalarType dtype);
 
 // float64 for float64, float32 for the others: the dtype of sums and statistics.
 ScalarType accumulate_type(const Tensor& tensor);

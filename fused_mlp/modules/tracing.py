@@ -167,7 +167,7 @@ def _compiled_for(device: str) -> str:
 
 @torch.compiler.assume_constant_result
 def _describe(device: str, chosen: str) -> str:
-    cpu = f" {backends.isa()} {backends.library()}" if device == "cpu" else ""
+    cpu = f" {backends.isa()} {backends.fingerprint()}" if device == "cpu" else ""
     return f"{__version__} {backends.active_backend(device)}{cpu}"
 
 
