@@ -12,11 +12,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from .modules import BatchNormLeakyReLU, FusedSequential, LinearReLU
-from .modules.groups import runs_as_written
+from .modules.hooks import runs_as_written
 from .modules.patterns import (
     AFTER_BATCH_NORM,
     AFTER_LINEAR,
+    BATCH_NORM_LEAKY_RELU,
     LINEAR_BATCH_NORM_ACT,
+    MLP,
     PLAIN,
     Run,
     find_runs,
@@ -152,28 +154,39 @@ def _report_runs(report: FuseReport, path: str, container: nn.Module) -> None:
     children = _children(container)
     start = 0
     for run in find_runs(children):
-        end = start + len(run.modules)
-        if run.op == PLAIN:
-            if _is_layer(run.modules[0]):
-                entry = FuseEntry(
-                    _join(path, names[start]),
-                    _name(run.modules[0]),
-                    _why_alone(run.modules[0], children[end : end + 1]),
-                )
-                report.left.append(entry)
-        elif len(run.modules) > 1:
-            where = _join(path, f"{names[start]}-{names[end - 1]}")
-            reason = _why_as_written(names[start:end], run.modules)
-            if reason:
-                report.left.append(FuseEntry(where, _run_pattern(run), reason))
-            else:
-                report.fused.append(FuseEntry(where, _run_pattern(run), _ops(run)))
-        start = end
+        _report_run(report, path, run, names[start:], children[start:])
+        start += len(run.modules)
+
+
+def _report_run(
+    report: FuseReport, path: str, run: Run, names: list[str], children: list[nn.Module]
+) -> None:
+    """Enter a run that begins with the first of these children."""
+    length = len(run.modules)
+    if run.op == PLAIN:
+        if _is_layer(run.modules[0]):
+            reason = _why_alone(run.modules[0], children[1:2])
+            report.left.append(FuseEntry(_join(path, names[0]), _name(run.modules[0]), reason))
+        return
+    if length == 1:  # a layer of our own, which reports itself
+        return
+    reason = _why_as_written(names[:length], run.modules)
+    if reason and run.op == MLP:  # its parts may still run fused
+        start = 0
+        for part in run.parts:
+            _report_run(report, path, part, names[start:], children[start:])
+            start += len(part.modules)
+        return
+    where = _join(path, f"{names[0]}-{names[length - 1]}")
+    entry = FuseEntry(where, _run_pattern(run), reason or _ops(run))
+    (report.left if reason else report.fused).append(entry)
 
 
 def _ops(run: Run) -> str:
     if run.op == LINEAR_BATCH_NORM_ACT:
         return f"{run.parts[1].op}; {run.op} in evaluation"
+    if run.op == MLP:
+        return "mlp on the CPU, an op a layer elsewhere"
     return run.op
 
 
@@ -220,12 +233,13 @@ def _pattern(modules: Any) -> str:
 
 
 def _run_pattern(run: Run) -> str:
-    if not run.parts:
+    if not run.parts or run.op == LINEAR_BATCH_NORM_ACT:
         return _pattern(run.modules)
-    if run.op == LINEAR_BATCH_NORM_ACT:
-        return _pattern(run.modules)
-    *hidden, before_norm, norm, last = [part.modules for part in run.parts]
-    return ", ".join(_pattern(m) for m in (*hidden, before_norm + norm, last))
+    parts = [part.modules for part in run.parts]
+    if run.op != MLP:  # the batch norm belongs to the Linear before it
+        place = [part.op for part in run.parts].index(BATCH_NORM_LEAKY_RELU)
+        parts[place - 1 : place + 1] = [parts[place - 1] + parts[place]]
+    return ", ".join(map(_pattern, parts))
 
 
 def _join(path: str, name: str) -> str:

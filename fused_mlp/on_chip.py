@@ -15,6 +15,7 @@ from .reference import accumulate_dtype
 # Up to this width a block of rows and its activations stay in a core's cache: 256 columns keep 64
 # rows of three layers under 200 kB. With a wider layer the CPU kernels run layer by layer.
 CPU_CACHE_WIDTH = 256
+CPU_MAX_LAYERS = 32  # csrc/cpu/kernels/kernels.h: kMaxLayers
 _WIDE_DTYPES = (torch.float32, torch.float64)  # and bfloat16 where it has products of its own
 # Below this many input columns the first layer is computed again in backward: its mask is stored,
 # one bit an element, in place of its output.
@@ -26,6 +27,8 @@ def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
     backend = backends.active_backend(input.device.type)
     widths = [weights[0].shape[1], *(w.shape[0] for w in weights)]
     if backend == "native" and input.device.type == "cpu":
+        if len(weights) > CPU_MAX_LAYERS:
+            return False
         if max(widths) <= CPU_CACHE_WIDTH:
             return min(widths) > 0
         # Half precision is left to the library where products weigh most: see linear_act.cpp.
@@ -36,6 +39,21 @@ def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
     if backend == "native":
         return bool(_cuda_fits(widths, input))
     return True
+
+
+def may_fit_mlp(input: Tensor) -> bool:
+    """Return whether a chain of Linear layers may run in one op.
+
+    Half precision is left to the ops of single layers, which know where torch's products win.
+    """
+    return input.dtype in _WIDE_DTYPES and input.is_cpu
+
+
+def fits_mlp(input: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Return whether the active backend runs a chain of Linear layers of these widths in one op."""
+    return (
+        may_fit_mlp(input) and backends.active_backend("cpu") == "native" and fits(input, weights)
+    )
 
 
 @functools.cache

@@ -110,7 +110,7 @@ GROUPS = {
         {"FUSED_MLP_BACKEND": "reference"},
     ),
     "autograd": Group(
-        tuple(f"fused_mlp/ops/{name}.py" for name in (*OPS, *ACTIVATIONS, "over_group")),
+        tuple(f"fused_mlp/ops/{name}.py" for name in (*OPS, *ACTIVATIONS, "mlp", "over_group")),
         6,
         {"FUSED_MLP_BACKEND": "native"},
     ),
@@ -121,7 +121,8 @@ GROUPS = {
                 "batch_norm.h", "moments.h", "gemm.h", "weight_grad.h", "dropout.h",
                 "activation.h", "elementary.h", "few_rows.h", "blocked_gemm.h", "rows.h",
                 "panels.h", "panel_walk.h", "linear_act_wide.cpp",
-                "normalize.cpp", "linear_act.cpp", "batch_norm_act.cpp", "activation.cpp",
+                "normalize.cpp", "linear_act.cpp", "mlp.cpp",
+                "mlp_backward.cpp", "batch_norm_act.cpp", "activation.cpp",
                 "dropout.cpp", "gemm.cpp", "research_net.cpp", "research_net_backward.cpp",
                 "research_net_evaluate.cpp", "research_net_wide.cpp",
                 "research_net_wide_backward.cpp", "loss.cpp", "optimizer.cpp",
@@ -222,7 +223,7 @@ def choose(groups: list[str], count: int, seed: int, files: list[str]) -> list[M
 def tests_for(mutant: Mutant) -> list[str]:
     """Return the test files that ought to notice, the likeliest first."""
     name = Path(mutant.file).stem + " " + mutant.scope
-    order = [op for op in (*OPS, *ACTIVATIONS) if op in name]
+    order = [op for op in (*OPS, *ACTIVATIONS, "mlp") if op in name]
     if name.startswith("activations"):
         order = [*ACTIVATIONS]
     if "dropout" in name or "philox" in name or "keep_mask" in name or "mask" in mutant.scope:

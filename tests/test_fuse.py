@@ -185,7 +185,19 @@ def test_modules_that_stand_twice_are_fused_once():
     assert [entry.path for entry in report.fused] == ["0.0-1"]
     shared = nn.ReLU()
     report = fuse(nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared))
-    assert [entry.path for entry in report.fused] == ["0-1", "2-3"]
+    assert [entry.path for entry in report.fused] == ["0-3"]
+
+
+def test_chain_of_linears_is_one_run_and_its_layers_where_one_of_them_runs_as_itself():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
+    report = fuse(nn.ModuleDict({"net": model}))
+    on_cpu = "mlp on the CPU, an op a layer elsewhere"
+    assert entries(report.fused) == {"net.0-4": ("Linear+Tanh, Linear+GELU, Linear", on_cpu)}
+    assert not report.left
+    model[1].register_forward_hook(lambda module, args, output: None)
+    report = fuse(model)
+    assert entries(report.fused) == {"2-3": ("Linear+GELU", "linear_act")}
+    assert [entry.path for entry in report.left] == ["0-1", "4"]
 
 
 def test_own_layer_outside_a_run_is_reported_as_fused():

@@ -19,6 +19,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import (
+    ACTIVATIONS,
     DTYPES,
     LAYOUTS,
     Case,
@@ -27,10 +28,13 @@ from support import (
     check_case,
     lay_out,
     linear_case,
+    mlp_case,
     normalize_case,
     research_case,
 )
 from torch import Tensor
+
+from fused_mlp import backends
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(7200)]
 
@@ -149,6 +153,46 @@ def test_research_net(device, rows, widths, training, p, affine, data) -> None:
     """In float64, where a value at a kink does not change its side."""
     case = research_case(rows, widths, training, p, affine, dtype=torch.float64, device=device)
     check_case(case, laid_out(case, data, ("input", *(f"weights[{i}]" for i in range(6)))))
+
+
+@pytest.mark.skipif(backends.active_backend("cpu") != "native", reason="the CPU library alone")
+@given(
+    batch=st.lists(st.integers(0, 30), max_size=2) | st.lists(sizes, min_size=1, max_size=1),
+    features=st.integers(1, 40) | st.just(300),
+    layers=st.lists(
+        st.tuples(st.integers(1, 40) | st.just(270), st.sampled_from([*ACTIVATIONS])),
+        min_size=1,
+        max_size=5,
+    ),
+    p=st.sampled_from((0.0, 0.3)),
+    biases=st.booleans(),
+    data=st.data(),
+)
+def test_mlp(batch, features, layers, p, biases, data) -> None:
+    """In float64, where a value at a kink does not change its side."""
+    widths, kinds = zip(*layers, strict=True)
+    case = mlp_case((*batch, features), widths, kinds, p, biases, dtype=torch.float64)
+    check_case(case, laid_out(case, data))
+
+
+@pytest.mark.skipif(backends.active_backend("cpu") != "native", reason="the CPU library alone")
+@given(
+    rows=st.integers(10, 100),
+    widths=st.lists(st.integers(4, 70), min_size=3, max_size=6),
+    norms=st.sets(st.integers(0, 4), min_size=1),
+    kind=st.sampled_from(("none", "relu", "leaky_relu")),
+    other=st.sampled_from([*ACTIVATIONS]),
+    p=st.sampled_from((0.0, 0.3)),
+    data=st.data(),
+    options=st.fixed_dictionaries({n: st.booleans() for n in ("training", "affine", "biases")}),
+)
+def test_mlp_with_batch_norms(rows, widths, norms, kind, other, p, data, options) -> None:
+    features, *widths = widths
+    norms = tuple(sorted(n for n in norms if n < len(widths)))
+    kinds = [kind if layer in norms else other for layer in range(len(widths))]
+    case = mlp_case((rows, features), widths, kinds, p, norms=norms, dtype=torch.float64, **options)
+    rows_differ = ("input", *(f"weights[{i}]" for i in range(5)))
+    check_case(case, laid_out(case, data, rows_differ))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ BatchNormAct describe(const Tensor& input, const std::optional<Tensor>& weight,
                       const ActDropout& act) {
   STD_TORCH_CHECK(input.is_cpu() && (input.dim() == 2 || input.dim() == 3),
                   "batch_norm_act: expected a 2D or 3D CPU input");
-  BatchNormAct op{};
+  BatchNormAct op = batch_norm_of(act);
   op.dtype = dtype_of(input);
   op.batches = input.size(0);
   op.channels = input.size(1);
@@ -19,9 +19,6 @@ BatchNormAct describe(const Tensor& input, const std::optional<Tensor>& weight,
   op.bias = channels_of(bias, op.channels, "bias");
   op.training = training;
   op.eps = eps;
-  op.rectify = act.activation == Activation::kReLU;
-  op.negative_slope = act.activation == Activation::kNone ? 1 : act.negative_slope;
-  op.scale = act.dropout.active() ? act.dropout.scale() : 1;
   return op;
 }
 

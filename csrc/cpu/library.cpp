@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY_IMPL(fused_mlp_kernels, CPU, m) {
   m.impl("research_net_prepared", TORCH_BOX(&fused_mlp::research_net_prepared));
   m.impl("research_net_evaluate", TORCH_BOX(&fused_mlp::research_net_evaluate));
   m.impl("research_net_prepared_backward", TORCH_BOX(&fused_mlp::research_net_prepared_backward));
+  m.impl("mlp_prepare", TORCH_BOX(&fused_mlp::mlp_prepare));
+  m.impl("mlp_prepared", TORCH_BOX(&fused_mlp::mlp_prepared));
+  m.impl("mlp_evaluate", TORCH_BOX(&fused_mlp::mlp_evaluate));
+  m.impl("mlp_prepared_backward", TORCH_BOX(&fused_mlp::mlp_prepared_backward));
   m.impl("research_net_compiled", TORCH_BOX(&fused_mlp::research_net_compiled));
   m.impl("research_net_compiled_backward", TORCH_BOX(&fused_mlp::research_net_compiled_backward));
   m.impl("research_net_compiled_evaluate", TORCH_BOX(&fused_mlp::research_net_compiled_evaluate));

@@ -1,7 +1,6 @@
 #include "cpu/network.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace fused_mlp {
 namespace {
@@ -24,8 +23,6 @@ Call describe(const Network& network, const Tensor& input) {
   return call;
 }
 
-constexpr size_t kSeedBytes = 2 * sizeof(int64_t);
-
 // What stands behind the first `numel` elements of `saved`.
 char* behind(const Tensor& saved, int64_t numel) {
   char* data = static_cast<char*>(const_cast<void*>(saved.const_data_ptr()));
@@ -44,19 +41,12 @@ int64_t saved_numel(const Network& network, Call& call) {
   set_seed(network, any_seed, call);
   const int64_t numel = kernels().research_net_saved_numel(call.net);
   set_seed(network, nullptr, call);
-  return call.accumulate == ScalarType::Double ? numel + 2 : (numel + 1) / 2 * 2 + 4;
+  return with_seed(numel, call.accumulate);
 }
 
 // The elements of `saved` where `more` stand at its end, which is at a multiple of 8 bytes then.
 int64_t with_more(int64_t numel, int64_t more) {
   return more == 0 ? numel : (numel + more + 1) / 2 * 2;
-}
-
-// As fused_mlp/dropout.py: draw_seed.
-void draw_seed(int64_t* seed) {
-  const Tensor drawn = new_empty_cpu({2}, ScalarType::Long);
-  random_(drawn);
-  std::memcpy(seed, drawn.const_data_ptr(), kSeedBytes);
 }
 
 }  // namespace

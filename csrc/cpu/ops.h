@@ -102,6 +102,21 @@ StableIValue research_net_prepared_backward(const Tensor& grad_output, const Ten
                                             const Tensor& saved, const Tensor& prepared,
                                             std::optional<std::vector<bool>> output_mask);
 
+// A chain of Linear layers with what stands behind them (mlp.cpp).
+Tensor mlp_prepare(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
+                   std::vector<int64_t> activations, std::vector<double> negative_slopes,
+                   std::vector<double> dropout_p, std::vector<int64_t> normed_layers,
+                   std::vector<std::optional<Tensor>> norm_tensors, std::vector<bool> norm_training,
+                   std::vector<double> momentum, std::vector<double> eps);
+
+std::tuple<Tensor, Tensor> mlp_prepared(const Tensor& input, const Tensor& mlp);
+
+Tensor mlp_evaluate(const Tensor& input, const Tensor& mlp);
+
+StableIValue mlp_prepared_backward(const Tensor& grad_output, const Tensor& input,
+                                   const std::optional<Tensor>& output, const Tensor& saved,
+                                   const Tensor& mlp, std::optional<std::vector<bool>> output_mask);
+
 // A network as compiled graphs call it (compiled.cpp); the lists are emptied.
 std::tuple<Tensor, Tensor> research_net_compiled(const Tensor& input,
                                                  std::vector<Tensor>& parameters,

@@ -1,5 +1,7 @@
 #include "cpu/tensors.h"
 
+#include <cstring>
+
 #include "cpu/parallel.h"
 
 namespace fused_mlp {
@@ -155,10 +157,24 @@ const int64_t* seed_of(const std::optional<Tensor>& seed) {
   return static_cast<const int64_t*>(elements_of(*seed));
 }
 
+void draw_seed(int64_t* seed) {
+  const Tensor drawn = new_empty_cpu({2}, ScalarType::Long);
+  random_(drawn);
+  std::memcpy(seed, drawn.const_data_ptr(), kSeedBytes);
+}
+
 Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream) {
   STD_TORCH_CHECK(p >= 0 && p <= 1, "fused_mlp: dropout_p must be between 0 and 1, but got ", p);
   if (!seed) return {};
   return {p, seed_of(seed), stream};
+}
+
+BatchNormAct batch_norm_of(const ActDropout& act) {
+  BatchNormAct op{};
+  op.rectify = act.activation == Activation::kReLU;
+  op.negative_slope = act.activation == Activation::kNone ? 1 : act.negative_slope;
+  op.scale = act.dropout.active() ? act.dropout.scale() : 1;
+  return op;
 }
 
 Activation activation_of(int64_t number, Activation last) {

@@ -78,8 +78,20 @@ ChannelVector channels_of(const std::optional<Tensor>& tensor, int64_t channels,
 // The two numbers of a seed, or null.
 const int64_t* seed_of(const std::optional<Tensor>& seed);
 
+// Draws a seed as draw_seed in fused_mlp/dropout.py does.
+constexpr size_t kSeedBytes = 2 * sizeof(int64_t);
+void draw_seed(int64_t* seed);
+
+// `numel` elements of float32 or float64 and a seed behind them, at a multiple of 8 bytes.
+inline int64_t with_seed(int64_t numel, ScalarType dtype) {
+  return dtype == ScalarType::Double ? numel + 2 : (numel + 1) / 2 * 2 + 4;
+}
+
 // A dropout layer from an op's arguments.
 Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream);
+
+// A batch norm with this activation and the scale of this dropout; nothing else of it is set.
+BatchNormAct batch_norm_of(const ActDropout& act);
 
 // The activation of a number from 0 to `last`; raises for others.
 Activation activation_of(int64_t number, Activation last = Activation::kTanh);

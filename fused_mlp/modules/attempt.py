@@ -27,6 +27,9 @@ from ..ops.linear_act import apply_checked as apply_linear_act
 from ..ops.linear_batch_norm_act import check as check_linear_batch_norm
 from ..ops.linear_relu import apply_checked as apply_linear_relu
 from ..ops.linear_relu import check as check_linear_relu
+from ..ops.mlp import Layers
+from ..ops.mlp import check as check_mlp
+from ..ops.mlp import run as run_mlp
 from ..ops.over_group import batch_norm_leaky_relu as batch_norm_over_group
 from ..ops.research_net import check as check_research_net
 from ..ops.research_net import research_net as research_net_op
@@ -52,7 +55,7 @@ def two_fits() -> Fits:
 
 # What one call of a whole network uses: weights, biases, the batch norm's state, dropout
 # probabilities, slope of the LeakyReLU.
-NetState = tuple[Sequence[Tensor], Sequence[Tensor], NormState, Sequence[float], float]
+NetState = tuple[Sequence[Tensor], Sequence[Any], NormState, Sequence[float], float]
 
 
 def linear_act(
@@ -303,3 +306,29 @@ def research_net(
         input, weights, biases, weight, bias, running_mean, running_var, tracked, training,
         dropout_p, seed, momentum, eps, negative_slope,
     )  # fmt: skip
+
+
+def mlp(fit: Fit, input: Any, layers: Layers) -> Tensor | None:
+    """Return the output of Linear layers in a row, or None where no one kernel can run them."""
+    if forward_ad._current_level >= 0:
+        return None
+    buffers = [tensor for norm in layers.norms.values() for tensor in norm[2:5]]
+    tensors = (input, *layers.parameters(), *buffers)
+    variant = fit.find(*tensors) or fit.admit(tensors, check_mlp, input, layers)
+    if variant is None:
+        return None
+    backend, in_one_op = variant.fits
+    if backend != backends._chosen:
+        in_one_op = on_chip.fits_mlp(input, layers.weights)
+        variant.fits = (backends._chosen, in_one_op)
+    # A mode wants to see the ops of each layer.
+    if not in_one_op or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    for p in layers.dropout_p:
+        if not 0.0 <= p <= 1.0:
+            return None
+    for norm in layers.norms.values():
+        training, _, eps = norm[5:8]
+        if training and (input.shape[0] < 2 or not eps > 0):
+            return None
+    return run_mlp(input, layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -47,3 +47,15 @@ def reader(modules: Sequence[nn.Module]) -> Callable[[], Options]:
         fixed = (number, 0.0, 0.0)
         return lambda: fixed
     return lambda: (number, 0.0, p())
+
+
+def entries(modules: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Yield dictionaries and the keys of all that the reader reads from them."""
+    keys = {
+        nn.LeakyReLU: ("negative_slope",),
+        nn.GELU: ("approximate",),
+        nn.Dropout: ("p", "training"),
+    }
+    for module in modules:
+        if type(module) in keys:
+            yield module.__dict__, keys[type(module)]

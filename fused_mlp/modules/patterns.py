@@ -21,6 +21,7 @@ BATCH_NORM_LEAKY_RELU = "batch_norm_leaky_relu"
 BATCH_NORM_ACT = "batch_norm_act"
 LINEAR_BATCH_NORM_ACT = "linear_batch_norm_act"
 RESEARCH_NET = "research_net"
+MLP = "mlp"
 
 AFTER_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh)
 AFTER_BATCH_NORM = (nn.ReLU, nn.LeakyReLU)
@@ -34,7 +35,7 @@ class Run:
     Attributes:
         op: the op's name; PLAIN for one module that runs as itself.
         modules: the modules in order.
-        parts: for RESEARCH_NET and LINEAR_BATCH_NORM_ACT, the shorter runs it consists of.
+        parts: for RESEARCH_NET, MLP and LINEAR_BATCH_NORM_ACT, the shorter runs it consists of.
     """
 
     op: str
@@ -46,25 +47,37 @@ def find_runs(modules: Sequence[nn.Module]) -> list[Run]:
     """Cut a sequence of modules into runs, longest first, in order and without a gap."""
     short = _short_runs(modules)
     runs: list[Run] = []
+    linears: list[Run] = []  # the last runs, as long as they begin with a Linear
     start = 0
     while start < len(short):
-        length = _network_length(short, start)
+        run, length = short[start], _network_length(short, start)
         if length:
+            runs += _chain(linears)
             *parts, last = short[start : start + length]
             linear, *rest = last.modules
             runs.append(_joined(RESEARCH_NET, (*parts, Run(PLAIN, (linear,)))))
             runs += [Run(PLAIN, (module,)) for module in rest]
-        elif _is_linear(short[start]) and _is_batch_norm(short[start + 1 : start + 2]):
+            linears = []
+        elif _is_linear(run) and _is_batch_norm(short[start + 1 : start + 2]):
             length = 2
-            runs.append(_joined(LINEAR_BATCH_NORM_ACT, tuple(short[start : start + 2])))
+            linears.append(_joined(LINEAR_BATCH_NORM_ACT, tuple(short[start : start + 2])))
+        elif _is_linear(run) or run.op in (LINEAR_RELU, LINEAR_ACT):
+            length = 1
+            linears.append(run)
         else:
             length = 1
-            run = short[start]
+            runs += _chain(linears)
+            linears = []
             # A batch norm by itself is torch's; behind a Linear it is part of the run.
             alone = run.op == BATCH_NORM_ACT and len(run.modules) == 1
             runs.append(replace(run, op=PLAIN) if alone else run)
         start += length
-    return runs
+    return runs + _chain(linears)
+
+
+def _chain(linears: list[Run]) -> list[Run]:
+    """Return runs that begin with a Linear as one, if there are several."""
+    return [_joined(MLP, tuple(linears))] if len(linears) > 1 else linears
 
 
 def _joined(op: str, parts: tuple[Run, ...]) -> Run:

@@ -8,7 +8,8 @@ over it and other processes change them without a trace in any version counter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .. import backends, on_chip
+from ..ops import mlp
 from ..ops._common import bound, grad_needed
 from ..ops.fit import Check, is_nested, make_check
-from ..ops.research_net import apply_checked
+from ..ops.research_net import apply_checked as apply_research_net
 from . import snapshot
+from .norm import NormState
 
-_prepare = torch.ops.fused_mlp_kernels.research_net_prepare.default
-_forward = bound(torch.ops.fused_mlp_kernels.research_net_prepared.default)
-_evaluate = bound(torch.ops.fused_mlp_kernels.research_net_evaluate.default)
+_prepare_research_net = torch.ops.fused_mlp_kernels.research_net_prepare.default
+_research_net = bound(torch.ops.fused_mlp_kernels.research_net_prepared.default)
+_evaluate_research_net = bound(torch.ops.fused_mlp_kernels.research_net_evaluate.default)
 _is_grad_enabled = torch.is_grad_enabled
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _MAX_CHECKS = 4
@@ -46,41 +49,99 @@ def can_prepare(input: Tensor, weights: Sequence[Tensor]) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A network as it was handed over, and the ops that run it.
+
+    Attributes:
+        call: what ``apply`` takes first, the handle at its beginning.
+        parameters: tensors that may need a gradient, or None; the first is one.
+        written: buffers that a call writes.
+        forward: ``forward(input, handle)`` where ``evaluate`` cannot run it; it gives more than
+            the output.
+        evaluate: ``evaluate(input, handle)``, what calls without gradients run.
+        apply: ``apply(call, input, *parameters)``, the autograd node.
+        feature_dim: the dimension of the input whose size the parameters fix.
+    """
+
+    call: tuple[Any, ...]
+    parameters: tuple[Any, ...]
+    written: tuple[Tensor, ...]
+    forward: Callable[..., Any] | None
+    evaluate: Callable[..., Tensor]
+    apply: Callable[..., Tensor]
+    feature_dim: int
+
+
+def prepare_research_net(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    state: NormState,
+    dropout_p: Sequence[float],
+    negative_slope: float,
+) -> Prepared:
+    bn_weight, bn_bias, *buffers, training, momentum, eps, _ = state
+    handle = _prepare_research_net(
+        weights, biases, bn_weight, bn_bias, *buffers, training, dropout_p, momentum, eps,
+        negative_slope,
+    )  # fmt: skip
+    parameters = (*weights, *biases, bn_weight, bn_bias)
+    usual: tuple[bool, ...] = (False, False, *[True] * len(parameters))
+    if bn_weight is None:
+        usual = ()
+    return Prepared(
+        (handle, usual, None, None, (training, dropout_p, momentum, eps, negative_slope)),
+        parameters,
+        tuple(buffer for buffer in buffers if buffer is not None) if training else (),
+        _research_net if training or any(dropout_p) else None,
+        _evaluate_research_net,
+        apply_research_net,
+        feature_dim=1,
+    )
+
+
+def prepare_mlp(layers: mlp.Layers) -> Prepared:
+    return Prepared(
+        mlp.make_call(layers),
+        layers.parameters(),
+        layers.buffers(),
+        mlp.prepared if layers.train() else None,
+        mlp.evaluate,
+        mlp.apply_checked,
+        feature_dim=-1,
+    )
+
+
 class PreparedNet:
     """One network as its modules stood at a call.
 
     Args:
         read: a snapshot of the modules.
-        arguments: what ``research_net_prepare`` takes, read from the modules and checked.
+        network: what was read from them, handed over.
         input: one of the kind that is to be recognised.
     """
 
     __slots__ = (
-        "_buffers", "_call", "_checks", "_drops", "_handle", "_parameters", "_snapshot",
-        "_training", "_unchanged",
+        "_apply", "_call", "_checks", "_evaluate", "_feature_dim", "_forward", "_handle",
+        "_parameters", "_snapshot", "_unchanged", "_written",
     )  # fmt: skip
 
-    def __init__(self, read: snapshot.Snapshot, arguments: Sequence[Any], input: Tensor) -> None:
-        weights, biases, bn_weight, bn_bias, *buffers, training, dropout_p = arguments[:9]
+    def __init__(self, read: snapshot.Snapshot, network: Prepared, input: Tensor) -> None:
         self._snapshot = read
         self._unchanged = (backends.native_watch() or snapshot.watch)(read)
-        self._handle: Tensor = _prepare(*arguments)
-        self._parameters = (*weights, *biases, bn_weight, bn_bias)
-        self._buffers = tuple(buffer for buffer in buffers if buffer is not None)
-        self._training = training
-        self._drops = any(dropout_p)
-        usual: tuple[bool, ...] = (False, False, *[True] * len(self._parameters))
-        if bn_weight is None:
-            usual = ()
-        self._call = (self._handle, usual, None, None, (training, dropout_p, *arguments[9:]))
-        self._checks: tuple[Check, ...] = (make_check([input], 1),)
+        self._call, self._parameters = network.call, network.parameters
+        self._handle: Tensor = network.call[0]
+        self._forward, self._evaluate = network.forward, network.evaluate
+        self._apply, self._written = network.apply, network.written
+        self._feature_dim = network.feature_dim
+        self._checks: tuple[Check, ...] = (make_check([input], self._feature_dim),)
 
     def accept(self, input: Tensor) -> bool:
         """Recognise inputs of this kind too; False where too many kinds are known."""
         if len(self._checks) >= _MAX_CHECKS:
             return False
         # Assigned whole: another thread sees the old tuple or the new one.
-        self._checks = (*self._checks, make_check([input], 1))
+        self._checks = (*self._checks, make_check([input], self._feature_dim))
         return True
 
     def holds(self, modules: Mapping[Any, Any]) -> bool:
@@ -112,15 +173,15 @@ class PreparedNet:
             ):
                 if _saved_tensor_hooks(True) is not None:  # checkpointing; see can_prepare
                     return None
-                output = apply_checked(self._call, input, *self._parameters)
-            elif self._training or self._drops:
-                output = _forward(input, self._handle)[0]
+                output = self._apply(self._call, input, *self._parameters)
+            elif self._forward is None:
+                return self._evaluate(input, self._handle)
             else:
-                return _evaluate(input, self._handle)
+                output = self._forward(input, self._handle)[0]
         except RuntimeError as error:
             if _OURS not in str(error):
                 raise
             return None  # a tensor has another size, dtype or device; nothing was written yet
-        if self._training:
-            increment_version(self._buffers)
+        if self._written:
+            increment_version(self._written)
         return output

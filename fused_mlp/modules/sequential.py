@@ -10,7 +10,7 @@ from torch.compiler import assume_constant_result, is_compiling
 from ..ops import nested
 from . import tracing
 from .cache import CachingModule
-from .groups import ResearchNetGroup, Step, make_step
+from .groups import Step, make_step, make_whole
 from .patterns import (
     BATCH_NORM_ACT,
     BATCH_NORM_LEAKY_RELU,
@@ -27,7 +27,7 @@ from .prepared import PreparedNet
 class _Plan:
     """How a sequence of modules runs: the steps, and the modules they were worked out for."""
 
-    __slots__ = ("kinds", "modules", "norm", "ready", "steps")
+    __slots__ = ("kinds", "modules", "ready", "steps", "switch")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
@@ -35,13 +35,13 @@ class _Plan:
         self.kinds = [*map(type, modules)]
         runs = find_runs(modules)
         self.steps: tuple[Step, ...]
-        # Of the one network that all modules make, if they do: its batch norm's ``__dict__``, and
-        # what is ready in which mode of it.
-        self.norm: dict[str, Any] = {"training": None}
-        self.ready: dict[bool, PreparedNet] = {}
-        if len(runs) == 1 and runs[0].op == RESEARCH_NET:
-            whole = ResearchNetGroup(runs[0])
-            self.norm, self.ready = whole.norm, whole.ready
+        # Of the one network that all modules make, if they do: where its mode stands, and what is
+        # ready in which mode of it.
+        self.switch: dict[str, Any] = {"training": None}
+        self.ready: dict[Any, PreparedNet] = {}
+        whole = make_whole(runs[0]) if len(runs) == 1 else None
+        if whole is not None:
+            self.switch, self.ready = whole.switch, whole.ready
             self.steps = (whole.run_unprepared,)
         else:
             self.steps = tuple(make_step(run) for run in runs)
@@ -72,6 +72,15 @@ class FusedSequential(CachingModule, nn.Sequential):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__.pop("_cache", None)
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # As in FusedResearchNet: 0.7 us of nn.Module's frames.
+        if len(args) == 1 and not kwargs and type(self) is FusedSequential and not is_compiling():
+            own = self.__dict__
+            output = run_ready(own, args[0], (own,))
+            if output is not None:
+                return output
+        return super().__call__(*args, **kwargs)
 
     def forward(self, input: Any) -> Any:
         if is_compiling():
@@ -114,7 +123,7 @@ def run_ready(
     plan = sequential.get("_cache")
     if plan is None:
         return None
-    ready = plan.ready.get(plan.norm["training"])
+    ready = plan.ready.get(plan.switch["training"])
     if ready is None:
         return None
     output: Tensor | None = ready.run(input, sequential["_modules"], containers)

@@ -19,7 +19,6 @@ from ..dropout import draw_seed
 from ._common import (
     bound,
     check_floating,
-    check_like,
     check_number,
     check_probability,
     check_seed,
@@ -34,6 +33,7 @@ from ._common import (
 from .batch_norm_leaky_relu import batch_norm_leaky_relu, check_norm
 from .compiled import research_net as in_graph
 from .linear_relu import linear_relu
+from .mlp import check_layers, layer_seed
 from .nested import shape_of
 from .schemas import public_library
 
@@ -245,11 +245,7 @@ def _op_by_op(
 ) -> Tensor:
     hidden = input
     for layer, p in enumerate(dropout_p):
-        # The offset of the seed stands for the layer, so the masks are those of the whole op.
-        layer_seed = seed
-        if seed is not None and layer:  # from its elements: a program cannot hold a new constant
-            layer_seed = torch.stack([seed[0], seed[1] + layer])
-        hidden = linear_relu(hidden, weights[layer], biases[layer], p, layer_seed)
+        hidden = linear_relu(hidden, weights[layer], biases[layer], p, layer_seed(seed, layer))
     hidden = batch_norm_leaky_relu(
         F.linear(hidden, weights[-2], biases[-2]), running_mean, running_var, bn_weight, bn_bias,
         training, momentum, eps, negative_slope, num_batches_tracked=num_batches_tracked,
@@ -288,18 +284,7 @@ def check(
             f"{op}(): expected 2D input (N, in_features), but got {len(given)}D input of shape "
             f"{given}"
         )
-    features = given[1]
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_tensor(op, f"weights[{layer}]", weight)
-        shape = shape_of(op, f"weights[{layer}]", weight)
-        if len(shape) != 2 or shape[1] != features:
-            raise RuntimeError(
-                f"{op}(): weights[{layer}] must have shape (out_features, {features}) to take "
-                f"what comes before it, but got {shape}"
-            )
-        check_like(op, f"weights[{layer}]", weight, input, shape)
-        features = shape[0]
-        check_like(op, f"biases[{layer}]", bias, input, (features,))
+    check_layers(op, input, weights, biases)
     channels = weights[-2].shape[0]
     check_norm(
         op, input, channels, running_mean, running_var, bn_weight, bn_bias, training, eps,

@@ -94,6 +94,24 @@ PREPARED_SCHEMAS = {
         "(Tensor grad_output, Tensor input, Tensor saved, Tensor prepared, bool[]? output_mask)"
         " -> Tensor[]"
     ),
+    # Any number of Linear layers, each with a batch norm, an activation and dropout behind it or
+    # without. `norm_tensors` are weight, bias, running mean, running variance and batch counter of
+    # the batch norm of each of `normed_layers`. The seed of all is drawn and kept as above; layer l
+    # takes its offset plus l. `saved` begins with mean and rstd of every batch norm.
+    "mlp_prepare": (
+        "(Tensor[] weights, Tensor?[] biases, int[] activations, float[] negative_slopes,"
+        " float[] dropout_p, int[] normed_layers, Tensor?[] norm_tensors, bool[] norm_training,"
+        " float[] momentum, float[] eps) -> Tensor"
+    ),
+    "mlp_prepared": "(Tensor input, Tensor(a!) mlp) -> (Tensor output, Tensor saved)",
+    "mlp_evaluate": "(Tensor input, Tensor mlp) -> Tensor",
+    # `output` where the last activation's derivative comes from it. Without a mask all parameters'
+    # gradients are given; a mask has flags of input, weights, biases, and weight and bias of every
+    # batch norm.
+    "mlp_prepared_backward": (
+        "(Tensor grad_output, Tensor input, Tensor? output, Tensor saved, Tensor mlp,"
+        " bool[]? output_mask) -> Tensor[]"
+    ),
 }
 
 # What graphs of torch.compile hold of a network that the CPU library runs: few arguments, and the

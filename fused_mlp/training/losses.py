@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import snapshot
-from ..modules.groups import runs_as_written
+from ..modules.hooks import runs_as_written
 from ..modules.snapshot import Snapshot
 from .errors import Ordinary
 

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..modules import FusedResearchNet, FusedSequential, snapshot
-from ..modules.groups import ResearchNetGroup, runs_as_written
+from ..modules.hooks import runs_as_written
 from ..modules.patterns import RESEARCH_NET, find_runs
 from ..modules.snapshot import Snapshot
+from ..modules.whole import ResearchNetGroup
 from .errors import Ordinary
 
 _CONTAINERS = (FusedResearchNet, FusedSequential, nn.Sequential)

@@ -74,9 +74,16 @@ void finish_act(const Affine<Compute<S>>* norm, const ActDropout& act, int64_t r
                 int64_t column, int64_t columns, const Compute<S>* block, int64_t stride, S* to,
                 int64_t leading, uint8_t* mask);
 
-// to = the gradient of what the activation saw, in rows padded with zeros. `kept` as Act says.
+// panel = dropout(activation(norm(panel))): rows row … row + rows - 1 of the result as a transposed
+// panel (panels.h). `norm` may be null. `mask` has `mask_room` bytes.
+template <class T>
+void finish_panel(const Affine<T>* norm, const ActDropout& act, int64_t row, int64_t rows,
+                  int64_t features, T* panel, uint8_t* mask);
+
+// to = the gradient of what the activation saw, in rows padded with zeros; it may be the gradient
+// itself, of `leading` elements a row. `kept` is as Act says, in rows of `columns`, or null.
 template <class S>
 void gate(const ActDropout& act, int64_t row, int64_t rows, int64_t columns, const S* grad_output,
-          const S* kept, int64_t leading, Compute<S>* to, int64_t stride, uint8_t* mask);
+          int64_t leading, const S* kept, Compute<S>* to, int64_t stride, uint8_t* mask);
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

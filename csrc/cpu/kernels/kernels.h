@@ -224,6 +224,11 @@ struct Kernels {
   bool bfloat16;
   void (*linear_act)(const LinearAct&);
   void (*linear_act_backward)(const LinearActBackward&);
+  // Layers in a row, in float32 or float64. Each reads what the one before it puts out; forward,
+  // outputs of hidden layers may all be null. Backward takes grad_output of the last layer and
+  // gives grad_input of the first.
+  void (*mlp)(const LinearAct* chain, int layers);
+  void (*mlp_backward)(const LinearActBackward* chain, int layers);
   void (*act_dropout)(const ActDropoutPass&);
   void (*act_dropout_backward)(const ActDropoutPassBackward&);
   void (*batch_norm_act)(const BatchNormAct&);

@@ -90,8 +90,8 @@ void backward(const LinearActBackward& op) {
     grad.clear(sums, begin < end);
     for_blocks(begin, end, [&](const RowBlock& block) {
       const int64_t first = block.first, rows = block.rows;
-      gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out),
-              rows_from<S>(op.kept, first, out), out, block_grad, grad_stride, mask);
+      gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out), out,
+              rows_from<S>(op.kept, first, out), block_grad, grad_stride, mask);
       if (op.grad_weight) {
         copy_in(static_cast<const S*>(net.input) + first * net.input_stride, net.input_stride, rows,
                 in, block_in, in_stride);
@@ -161,8 +161,8 @@ void act_dropout_backward(const ActDropoutPassBackward& op) {
       Arena own(Scratch::kTask,
                 Arena::bytes<T>(rows * room) + Arena::bytes<uint8_t>(mask_room(rows, columns)));
       T* block = own.take<T>(rows * room);
-      gate<S>(op.act, first, rows, columns, rows_from<S>(op.grad_output, first, columns),
-              rows_from<S>(op.kept, first, columns), columns, block, room,
+      gate<S>(op.act, first, rows, columns, rows_from<S>(op.grad_output, first, columns), columns,
+              rows_from<S>(op.kept, first, columns), block, room,
               own.take<uint8_t>(mask_room(rows, columns)));
       add_column_sums(block, room, rows, columns, sums);
       copy_out(block, room, rows, columns, static_cast<S*>(op.grad) + first * columns, columns);
@@ -224,8 +224,8 @@ void few_rows_backward(const LinearActBackward& op) {
   T* grad = shared.take<T>(kRows * grad_stride);
   T* input = shared.take<T>(kRows * in_stride);
   T* sums = shared.take<T>(kRows * in_stride);
-  gate<T>(net.act, 0, net.rows, out, static_cast<const T*>(op.grad_output),
-          static_cast<const T*>(op.kept), out, grad, grad_stride,
+  gate<T>(net.act, 0, net.rows, out, static_cast<const T*>(op.grad_output), out,
+          static_cast<const T*>(op.kept), grad, grad_stride,
           shared.take<uint8_t>(mask_room(net.rows, out)));
   copy_in(static_cast<const T*>(net.input), net.input_stride, net.rows, in, input, in_stride);
   for (int64_t row = net.rows; row < kRows; ++row) {

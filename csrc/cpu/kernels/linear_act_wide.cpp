@@ -89,7 +89,7 @@ void backward(const LinearActBackward& op) {
     Temporary<T>(net.rows * stride).swap(gated);
     for_row_blocks(net.rows, out * kPassCost, [&](int64_t first, int64_t rows) {
       Arena own(Scratch::kTask, Arena::bytes<uint8_t>(mask_room(rows, out)));
-      gate<T>(net.act, first, rows, out, grad + first * out, rows_from<T>(op.kept, first, out), out,
+      gate<T>(net.act, first, rows, out, grad + first * out, out, rows_from<T>(op.kept, first, out),
               gated.data() + first * stride, stride, own.take<uint8_t>(mask_room(rows, out)));
     });
     grad = gated.data();

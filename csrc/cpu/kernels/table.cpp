@@ -10,6 +10,8 @@ namespace fused_mlp::FUSED_MLP_ISA {
 
 void linear_act(const LinearAct&);
 void linear_act_backward(const LinearActBackward&);
+void mlp(const LinearAct* chain, int layers);
+void mlp_backward(const LinearActBackward* chain, int layers);
 void act_dropout(const ActDropoutPass&);
 void act_dropout_backward(const ActDropoutPassBackward&);
 void batch_norm_act(const BatchNormAct&);
@@ -32,6 +34,8 @@ extern const Kernels kKernels = {
     .bfloat16 = false,
     .linear_act = linear_act,
     .linear_act_backward = linear_act_backward,
+    .mlp = mlp,
+    .mlp_backward = mlp_backward,
     .act_dropout = act_dropout,
     .act_dropout_backward = act_dropout_backward,
     .batch_norm_act = batch_norm_act,

@@ -37,7 +37,13 @@ class WeightGrad {
     add_column_sums(grad, grad_stride, rows, out_, bias_of(sums));
   }
 
-  // sums (+)= grad.T @ input; both blocks have padded rows. The first block overwrites.
+  // Whether add_weight wants the input's rows padded: else it reads past their end, or rows of a
+  // power of two, 1 kB and more, fall into the same cache sets. To read (4,[64,64],2) where it lies
+  // spares 6 % of backward.
+  bool pads_input() const { return !transposed_ && (in_ % kPanel<T> != 0 || in_ > 4 * kPanel<T>); }
+
+  // sums (+)= grad.T @ input; both blocks have padded rows, but for an input that needs none. The
+  // first block overwrites.
   void add_weight(bool first, int64_t rows, const T* grad, int64_t grad_stride, const T* input,
                   int64_t input_stride, T* sums, Ahead ahead = {}) const {
     if (!weight_wanted_) return;

@@ -1,0 +1,69 @@
+// A chain of Linear layers as the ops take it, and one call of it as the kernels take it.
+#pragma once
+
+#include "cpu/tensors.h"
+
+namespace fused_mlp {
+
+// A batch norm behind the product of a layer.
+struct Norm {
+  size_t layer;
+  std::optional<Tensor> weight, bias, running_mean, running_var, num_batches_tracked;
+  bool training;
+  double momentum, eps;
+};
+
+// What stays the same from call to call.
+struct Mlp {
+  std::vector<Tensor> weights;
+  std::vector<std::optional<Tensor>> biases;
+  std::vector<Activation> activations;
+  std::vector<double> negative_slopes, dropout_p;
+  std::vector<Norm> norms;  // in the order of their layers
+
+  bool drops() const;
+  bool trains() const;  // some batch norm takes the statistics of its batch
+};
+
+// A batch norm as a step of its own, with the activation and the dropout of its layer.
+struct NormStep {
+  size_t layer;
+  BatchNormAct op;
+  Dropout dropout;
+};
+
+// Where a derivative comes from, as fused_mlp/activations.py: kept.
+enum class Kept { kNothing, kOutput, kInput };
+Kept kept(const ActDropout& act);
+
+// One call. As in network.h, tensors are looked at anew at every call; `copies` are contiguous ones
+// that the layers point into.
+struct Chain {
+  std::vector<LinearAct> layers;
+  std::vector<NormStep> norms;
+  ScalarType dtype;
+  std::vector<Tensor> copies;
+
+  const void* contiguous_data(const Tensor& tensor);
+
+  // What the last layer puts out, and the activation that puts it out, unless a batch norm does.
+  void*& output();
+  Kept kept_of_last() const;
+
+  void set_seed(const int64_t* seed);
+
+  // The elements that backward needs, but for input, parameters and output.
+  int64_t saved_numel();
+  // Points the layers to them.
+  void place(void* saved);
+
+ private:
+  template <class Visit>
+  void for_saved(const Visit& visit);
+};
+
+// Raise where the tensors do not fit together; nothing is written. Without a seed nothing is
+// dropped. In `evaluated` the batch norms are folded into their layers, else they are steps.
+Chain describe(const Mlp& mlp, const Tensor& input, const int64_t* seed, bool evaluated);
+
+}  // namespace fused_mlp
