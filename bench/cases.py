@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from dataclasses import dataclass
 import torch
 
 NETWORK = "research_net"
-OPS = ("normalize", "linear_relu", "linear_act", "batch_norm_leaky_relu", "batch_norm_act")
+OPS = (
+    "normalize", "linear_relu", "linear_act", "mlp", "mlp_batch_norm", "batch_norm_leaky_relu",
+    "batch_norm_act",
+)  # fmt: skip
 _LINEAR = ("linear_relu", "linear_act")
+MLP = ("mlp", "mlp_batch_norm")
 MODES = ("eval", "train")
 DROPOUT = 0.3
 
@@ -38,7 +43,9 @@ class Case:
     Attributes:
         op: ``research_net`` or one of ``OPS``.
         sizes: the network's widths; rows, in_features, out_features for linear_relu and linear_act
-            (with GELU); rows and columns for the others (batch_norm_act with ReLU).
+            (with GELU); rows and widths for mlp (hidden layers with Tanh) and mlp_batch_norm (with
+            BatchNorm1d, ReLU and Dropout); rows and columns for the others (batch_norm_act with
+            ReLU).
         batch: rows of the input.
         mode: "eval" (forward under inference_mode) or "train" (forward and backward).
         dropout: its probability in "train", where there is a dropout.
@@ -66,10 +73,15 @@ class Case:
         return f"{self.op} {self.shape}{batch} {self.mode} {self.dtype_name}"
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Those of a network or a chain of Linear layers, the input's first."""
+        return self.sizes if self.op == NETWORK else self.sizes[1:]
+
+    @property
     def flops(self) -> float:
         """Operations of the formula, products counted as two."""
-        if self.op == NETWORK:
-            products = [k * n for k, n in zip(self.sizes, self.sizes[1:], strict=False)]
+        if self.op == NETWORK or self.op in MLP:
+            products = [k * n for k, n in itertools.pairwise(self.widths)]
             forward = 2.0 * self.batch * sum(products)
             # The gradient of the network's input is not asked for.
             return forward if self.mode == "eval" else 3 * forward - 2.0 * self.batch * products[0]
@@ -86,9 +98,9 @@ class Case:
         """
         itemsize = self.dtype.itemsize
         train = self.mode == "train"
-        if self.op == NETWORK:
-            weights = sum((k + 1) * n for k, n in zip(self.sizes, self.sizes[1:], strict=False))
-            ends = self.batch * (self.sizes[0] + self.sizes[-1])
+        if self.op == NETWORK or self.op in MLP:
+            weights = sum((k + 1) * n for k, n in itertools.pairwise(self.widths))
+            ends = self.batch * (self.widths[0] + self.widths[-1])
             return float((ends + weights) * itemsize * (2 if train else 1))
         if self.op in _LINEAR:
             rows, inputs, outputs = self.sizes
@@ -122,6 +134,8 @@ _OP_SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "normalize": ((100, 10), (10_000, 10), (1_000_000, 10)),
         "linear_relu": ((256, 256, 256), (4096, 64, 64)),
         "linear_act": ((256, 256, 256), (4096, 64, 64)),
+        "mlp": ((32, 4, 64, 64, 2), (4096, 4, 64, 64, 2)),
+        "mlp_batch_norm": ((32, 10, 64, 32, 5), (4096, 10, 64, 32, 5)),
         "batch_norm_leaky_relu": ((256, 32), (65536, 32), (4096, 256)),
         "batch_norm_act": ((256, 32), (65536, 32)),
     },
@@ -130,6 +144,10 @@ _OP_SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "linear_relu": (*((2**n,) * 3 for n in (4, 6, 8, 10, 11)), (512, 4096, 4096),
                         (65536, 64, 64)),
         "linear_act": ((64,) * 3, (256,) * 3, (1024,) * 3, (65536, 64, 64)),
+        "mlp": (*((n, 4, 64, 64, 2) for n in (1, 32, 256, 4096)), (32, 17, 256, 256, 6),
+                (4096, 17, 256, 256, 6)),
+        "mlp_batch_norm": (*((n, 10, 64, 32, 5) for n in (32, 256, 4096)), (32, 32, 256, 256, 2),
+                           (4096, 32, 256, 256, 2)),
         "batch_norm_leaky_relu": ((32, 8), (32, 4096), (1024, 64), (1024, 1024), (65536, 32),
                                   (65536, 512), (1_000_000, 8), (1_000_000, 64)),
         "batch_norm_act": ((1024, 64), (65536, 32)),
@@ -138,6 +156,8 @@ _OP_SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "normalize": tuple((10**n, 10) for n in range(2, 8)),
         "linear_relu": (*((2**n,) * 3 for n in range(4, 13)), (65536, 64, 64)),
         "linear_act": (*((2**n,) * 3 for n in range(4, 13)), (65536, 64, 64)),
+        "mlp": tuple((n, w, 64, 64, w) for n in (1, 32, 256, 4096, 65536) for w in (4, 64)),
+        "mlp_batch_norm": tuple((n, 10, 64, 32, 5) for n in (2, 32, 256, 4096, 65536)),
         "batch_norm_leaky_relu": tuple(
             (rows, columns)
             for rows in (32, 1024, 32768, 1_000_000)
@@ -150,6 +170,8 @@ _OP_SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "normalize": ((20, 10),),
         "linear_relu": ((8, 6, 5),),
         "linear_act": ((8, 6, 5),),
+        "mlp": ((8, 6, 5, 4),),
+        "mlp_batch_norm": ((8, 6, 5, 4),),
         "batch_norm_leaky_relu": ((16, 4),),
         "batch_norm_act": ((16, 4),),
     },

@@ -16,7 +16,7 @@ import fused_mlp
 from fused_mlp.eager import IntelligentResearchNetwork
 
 from . import environment
-from .cases import NETWORK, Case
+from .cases import MLP, NETWORK, Case
 from .errors import Wrong
 
 _ROTATED_FROM = 2**20  # bytes of input above which a claim is about memory
@@ -106,6 +106,10 @@ def build(case: Case) -> Workload:
             nn.Linear(before, outputs, **place), activation, nn.Dropout(case.dropout)
         )
         fused = fused_mlp.FusedSequential(*copy.deepcopy(eager))
+    elif case.op in MLP:
+        before, outputs = case.widths[0], case.widths[-1]
+        eager = nn.Sequential(*_mlp_layers(case, place))
+        fused = fused_mlp.FusedSequential(*copy.deepcopy(eager))
     elif case.op in ("batch_norm_leaky_relu", "batch_norm_act"):
         before = outputs = case.sizes[1]
         behind = [nn.LeakyReLU()]
@@ -124,6 +128,17 @@ def build(case: Case) -> Workload:
     if case.op == "linear_relu" and case.mode == "train":
         inputs[0] = (inputs[0][0], _where_sure(eager, *inputs[0]))
     return Workload(case, eager, fused, inputs)
+
+
+def _mlp_layers(case: Case, place: dict[str, Any]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, width in itertools.pairwise(case.widths[:-1]):
+        layers.append(nn.Linear(before, width, **place))
+        if case.op == "mlp":
+            layers.append(nn.Tanh())
+        else:
+            layers += [nn.BatchNorm1d(width, **place), nn.ReLU(), nn.Dropout(case.dropout)]
+    return [*layers, nn.Linear(*case.widths[-2:], **place)]
 
 
 def _where_sure(model: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
@@ -161,7 +176,8 @@ def _inputs(case: Case, before: int, outputs: int) -> list[tuple[Tensor, Tensor]
         x = torch.randn(case.batch, before, **place) * 2 + 0.5
         grad = torch.randn(case.batch, outputs, **place) if case.mode == "train" else x.new_empty(0)
         # A layer inside a network passes a gradient on; the network's own input is data.
-        pairs.append((x.requires_grad_(case.mode == "train" and case.op != NETWORK), grad))
+        wants_grad = case.mode == "train" and case.op != NETWORK and case.op not in MLP
+        pairs.append((x.requires_grad_(wants_grad), grad))
     return pairs
 
 
