@@ -105,11 +105,24 @@ void walk_panels(const std::vector<Layer<T>>& layers, const ChainSize& size) {
 
 // -------------------------------------------------------------------------------------- as rows
 
-// Writing panels to where outputs are kept takes longer than packing the weights, unless rows are
-// few: 32 rows of (17,[256,256],6) forward take 14 us as panels and 21 as rows, 4096 rows 1430 and
-// 1290; of (4,[64,64],2) 32 rows 3.8 and 4.2, 256 rows 10.5 and 10.4.
-bool walks_panels(const ChainSize& size) {
-  return !size.keeps || size.rows <= larger(32, size.widest * size.widest / 256);
+// Whether panels or rows take less. As panels the input and all that is written are transposed; as
+// rows the weights are packed, and products are whole vectors wide.
+template <class T>
+bool walks_panels(const LinearAct* chain, int layers) {
+  // What an element that is transposed or packed costs in multiply-adds. (17,[256,256],6) with
+  // outputs kept takes 14 us as panels and 21 as rows at 32 rows, 1430 and 1290 at 4096;
+  // (4,[64,64],2) 3.8 and 4.2 at 32, 126 and 108 at 4096; in evaluation (8,[128],8) 54 and 74
+  // there, (32,[64],32) 94 and 78.
+  constexpr int64_t kElement = 12;
+  int64_t panels = kElement * chain[0].in_features, rows = 0, weights = 0;
+  for (int l = 0; l < layers; ++l) {
+    const int64_t in = chain[l].in_features, out = chain[l].out_features;
+    const int64_t written = (chain[l].output != nullptr) + (chain[l].seen != nullptr);
+    panels += in * out + kElement * written * out;
+    rows += in * round_up(out, kLanes<T>);
+    weights += in * out;
+  }
+  return panels <= rows + kElement * weights / chain[0].rows;
 }
 
 // The output of a block of rows, `block` or, where it is kept, there.
@@ -156,7 +169,7 @@ void walk_rows(const std::vector<Layer<T>>& layers, const T* const* weights,
 
 template <class T>
 void walk(const LinearAct* chain, int layers, const ChainSize& size) {
-  const bool panels = walks_panels(size);
+  const bool panels = walks_panels<T>(chain, layers);
   size_t bytes = 0;
   for (int l = 0; l < layers; ++l) {
     bytes += Layer<T>::bytes(chain[l]);
@@ -182,7 +195,7 @@ void walk(const LinearAct* chain, int layers, const ChainSize& size) {
 // What is not kept goes into memory of the call.
 template <class T>
 void run_layers(const LinearAct* chain, int layers, const ChainSize& size) {
-  const int64_t room = size.keeps || layers == 1 ? 0 : size.rows * size.widest;
+  const int64_t room = size.keeps ? 0 : size.rows * size.widest;
   Temporary<T> block(room), next(room);
   const void* before = chain[0].input;
   for (int l = 0; l < layers; ++l) {
@@ -200,7 +213,7 @@ void run_layers(const LinearAct* chain, int layers, const ChainSize& size) {
 void mlp(const LinearAct* chain, int layers) {
   ChainSize size;
   for (int l = 0; l < layers; ++l) size.add(chain[l]);
-  size.keeps = layers > 1 && chain[0].output != nullptr;
+  size.keeps = layers == 1 || chain[0].output != nullptr;
   dispatch_single_or_double(chain[0].dtype, [&](auto element) {
     using T = decltype(element);
     size.walks() ? walk<T>(chain, layers, size) : run_layers<T>(chain, layers, size);

@@ -17,7 +17,7 @@ struct ChainSize {
   int64_t work = 0;      // multiply-adds of a row
   int64_t widest = 0;    // of inputs and outputs
   bool in_cache = true;  // each weight lies in a core's cache
-  bool keeps = false;    // hidden layers' outputs are wanted
+  bool keeps = false;    // all outputs are wanted
 
   void add(const LinearAct& layer) {
     rows = layer.rows;
