@@ -13,10 +13,9 @@ from torch import nn
 
 import fused_mlp
 from fused_mlp import backends
-from fused_mlp.eager import IntelligentResearchNetwork
 
-from . import environment, options
-from .cases import DROPOUT, NETWORKS, REFERENCE, Widths
+from . import environment, options, workload
+from .cases import NETWORK, NETWORKS, REFERENCE, Case, Widths
 from .tables import plain, seconds, times
 from .timing import SMOKE, Budget, interleave, ratios, spread
 from .training import ordinary_step
@@ -29,37 +28,39 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": lambda parameters, **how: torch.optim.AdamW(parameters, 1e-3, **how),
 }
 
+_POLICY: Widths = (4, 64, 64, 2)  # of a small reinforcement-learning agent
+_NAMES = {NETWORK: "", "mlp": "Tanh ", "mlp_batch_norm": "batch norm "}
+
 
 def measure(device: torch.device, smoke: bool = False) -> list[dict[str, Any]]:
     """Return the time of a step by network, batch and optimizer, and its gain over eager.
 
     Eager and fused run with torch's optimizer as it comes and with ``fused=True``.
     """
-    cases: list[tuple[Widths, int]] = [(REFERENCE, 32)]
-    if not smoke:
-        cases += [(REFERENCE, 256), (REFERENCE, 4096), (NETWORKS[1], 32), (NETWORKS[1], 256)]
     budget = SMOKE if smoke else Budget(seconds=2.0)
-    found = []
-    for widths, batch in cases:
-        for name in _OPTIMIZERS:
-            found.append(_race(widths, batch, name, device, budget))
-    return found
+    cases = [(NETWORK, REFERENCE, 32, name) for name in _OPTIMIZERS]
+    cases += [("mlp", _POLICY, 32, "Adam")]
+    if not smoke:
+        others = [(REFERENCE, 256), (REFERENCE, 4096), (NETWORKS[1], 32), (NETWORKS[1], 256)]
+        cases += [(NETWORK, *case, name) for case in others for name in _OPTIMIZERS]
+        cases += [("mlp", _POLICY, batch, "Adam") for batch in (256, 4096)]
+        cases += [("mlp_batch_norm", REFERENCE, batch, "Adam") for batch in (32, 256, 4096)]
+    return [_race(*case, device, budget) for case in cases]
 
 
 def _race(
-    widths: Widths, batch: int, optimizer: str, device: torch.device, budget: Budget
+    op: str, widths: Widths, batch: int, optimizer: str, device: torch.device, budget: Budget
 ) -> dict[str, Any]:
-    torch.manual_seed(0)
-    before, *hidden, classes = widths
-    model = IntelligentResearchNetwork(before, hidden, classes, dropout=DROPOUT, device=device)
-    x = torch.randn(batch, before, device=device)
-    y = torch.randint(classes, (batch,), device=device)
+    sizes = widths if op == NETWORK else (batch, *widths)
+    model = workload.build(Case(op, sizes, batch, "train", device=str(device))).eager
+    x = torch.randn(batch, widths[0], device=device)
+    y = torch.randint(widths[-1], (batch,), device=device)
     steps = {
         label: _bind(step, x, y) for label, step in _steps(model, _OPTIMIZERS[optimizer]).items()
     }
     samples = interleave(steps, budget, lambda: environment.synchronize(device))
     row: dict[str, Any] = {
-        "network": ",".join(map(str, widths)), "batch": batch, "optimizer": optimizer,
+        "network": _NAMES[op] + ",".join(map(str, widths)), "batch": batch, "optimizer": optimizer,
         "eager": seconds(spread(samples["eager"].seconds).median),
     }  # fmt: skip
     for label, taken in samples.items():

@@ -16,7 +16,6 @@ from .modules.hooks import runs_as_written
 from .modules.patterns import (
     AFTER_BATCH_NORM,
     AFTER_LINEAR,
-    BATCH_NORM_LEAKY_RELU,
     LINEAR_BATCH_NORM_ACT,
     MLP,
     PLAIN,
@@ -235,11 +234,10 @@ def _pattern(modules: Any) -> str:
 def _run_pattern(run: Run) -> str:
     if not run.parts or run.op == LINEAR_BATCH_NORM_ACT:
         return _pattern(run.modules)
-    parts = [part.modules for part in run.parts]
-    if run.op != MLP:  # the batch norm belongs to the Linear before it
-        place = [part.op for part in run.parts].index(BATCH_NORM_LEAKY_RELU)
-        parts[place - 1 : place + 1] = [parts[place - 1] + parts[place]]
-    return ", ".join(map(_pattern, parts))
+    if run.op == MLP:
+        return ", ".join(map(_run_pattern, run.parts))
+    *hidden, before_norm, norm, last = [part.modules for part in run.parts]
+    return ", ".join(map(_pattern, (*hidden, before_norm + norm, last)))
 
 
 def _join(path: str, name: str) -> str:

@@ -16,7 +16,14 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from fused_mlp import FusedResearchNet, FusedSequential, LinearReLU, backends, use_backend
+from fused_mlp import (
+    BatchNormLeakyReLU,
+    FusedResearchNet,
+    FusedSequential,
+    LinearReLU,
+    backends,
+    use_backend,
+)
 from fused_mlp.dropout import draw_seed, keep_mask
 
 pytestmark = pytest.mark.skipif(
@@ -173,6 +180,29 @@ def test_change_to_the_modules_takes_effect_at_the_next_call(runs, change, train
         change(net)
     for _ in range(3):
         assert_same_step(eager, fused, torch.randn(6, 10, requires_grad=True))
+
+
+def network_layers_behind(dropout: float = 0.0) -> list[nn.Module]:
+    """Among whose runs is a whole research_net."""
+    return [
+        nn.Linear(10, 16), nn.BatchNorm1d(16), nn.LeakyReLU(), nn.Dropout(dropout),
+        nn.Linear(16, 12), nn.BatchNorm1d(12), nn.LeakyReLU(0.2), nn.Dropout(dropout),
+        LinearReLU(12, 9), nn.Linear(9, 7), BatchNormLeakyReLU(7, negative_slope=0.3),
+        nn.Linear(7, 5), nn.Linear(5, 3), nn.Tanh(),
+    ]  # fmt: skip
+
+
+def test_a_research_net_among_other_layers_is_part_of_the_chain(runs):
+    eager, fused = ready(True, runs, make=network_layers_behind)
+    for _ in range(2):
+        assert_same_step(eager, fused, torch.randn(8, 10, requires_grad=True), rtol=1e-3, atol=1e-4)
+    assert runs[-1]
+    for net in (eager, fused):
+        net[10].negative_slope = 0.9
+        net.eval()
+    assert "research_net" in kernels_run(fused, torch.randn(8, 10))
+    for _ in range(2):
+        assert_same_step(eager, fused, torch.randn(8, 10), rtol=1e-3, atol=1e-4)
 
 
 NORM_CHANGES: dict[str, Callable[[nn.Sequential], object]] = {

@@ -318,7 +318,7 @@ def test_plan_is_freed_with_its_step():
 def test_copy_of_a_plans_handle_is_refused():
     step, _ = both(SGD, CROSS_ENTROPY)
     step(*batches(1)[0])
-    run = torch.ops.fused_mlp_kernels.research_net_train_step
+    run = torch.ops.fused_mlp_kernels.train_step
     for handle in (step._plan._handle.clone(), torch.zeros(2, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="train_step_plan returned"):
             run(handle, *batches(1)[0], 0.1, None)

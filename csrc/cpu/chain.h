@@ -62,8 +62,26 @@ struct Chain {
   void for_saved(const Visit& visit);
 };
 
+// The gradients to be written, null where nobody wants them.
+struct ChainGradients {
+  std::vector<LinearActBackward> layers;
+  std::vector<BatchNormActBackward> norms;
+
+  // Of a chain that was placed.
+  explicit ChainGradients(const Chain& chain);
+
+  // The first step that anything is wanted of: 2 l for the product of layer l, 2 l + 1 for its
+  // batch norm.
+  size_t first(const Chain& chain) const;
+};
+
 // Raise where the tensors do not fit together; nothing is written. Without a seed nothing is
 // dropped. In `evaluated` the batch norms are folded into their layers, else they are steps.
 Chain describe(const Mlp& mlp, const Tensor& input, const int64_t* seed, bool evaluated);
+
+// Forward: where the batch norms are steps, the layers from one to the next run together.
+void run(const Chain& chain);
+// Writes the gradients, from that of the output on.
+void run_backward(const Chain& chain, const void* grad_output, ChainGradients& gradients);
 
 }  // namespace fused_mlp

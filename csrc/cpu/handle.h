@@ -29,15 +29,23 @@ Tensor hold(T content) {
       ScalarType::Byte, [](void* data) { delete static_cast<Held<T>*>(data); });
 }
 
-// What `hold` was given; `maker` names the op that returned the tensor.
+// What `hold` was given, or null for any other tensor.
 template <class T>
-const T& held_in(const Tensor& tensor, const char* maker) {
+const T* find_held(const Tensor& tensor) {
   const bool plausible = tensor.is_cpu() && tensor.scalar_type() == ScalarType::Byte &&
                          tensor.numel() == static_cast<int64_t>(sizeof(Held<T>));
   const auto* held = plausible ? static_cast<const Held<T>*>(tensor.const_data_ptr()) : nullptr;
-  STD_TORCH_CHECK(held != nullptr && held->self == held && held->kind == &Held<T>::kKind,
-                  "fused_mlp: expected what ", maker, " returned, not a copy of it");
-  return held->content;
+  const bool is = held != nullptr && held->self == held && held->kind == &Held<T>::kKind;
+  return is ? &held->content : nullptr;
+}
+
+// The same, raising for any other tensor; `maker` names the op that returned it.
+template <class T>
+const T& held_in(const Tensor& tensor, const char* maker) {
+  const T* content = find_held<T>(tensor);
+  STD_TORCH_CHECK(content != nullptr, "fused_mlp: expected what ", maker,
+                  " returned, not a copy of it");
+  return *content;
 }
 
 }  // namespace fused_mlp

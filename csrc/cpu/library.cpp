@@ -30,5 +30,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_mlp_kernels, CPU, m) {
   m.impl("research_net_compiled_backward", TORCH_BOX(&fused_mlp::research_net_compiled_backward));
   m.impl("research_net_compiled_evaluate", TORCH_BOX(&fused_mlp::research_net_compiled_evaluate));
   m.impl("train_step_plan", TORCH_BOX(&fused_mlp::train_step_plan));
-  m.impl("research_net_train_step", TORCH_BOX(&fused_mlp::research_net_train_step));
+  m.impl("train_step", TORCH_BOX(&fused_mlp::train_step));
 }

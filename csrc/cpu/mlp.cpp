@@ -1,12 +1,9 @@
 // A chain of Linear layers with what stands behind them, for a module that calls it again and
 // again: three calls of linear_act take 15 us for one row, most of it on the way to the kernels.
 
-#include <algorithm>
-
 #include "cpu/chain.h"
 #include "cpu/handle.h"
 #include "cpu/ops.h"
-#include "cpu/parallel.h"
 
 namespace fused_mlp {
 namespace {
@@ -33,95 +30,6 @@ Tensor new_output(Chain& chain, const Tensor& input) {
   const Tensor output = new_empty_cpu(sizes, chain.dtype);
   chain.output() = output.mutable_data_ptr();
   return output;
-}
-
-// A dropout's pass of its own, in place or not.
-void drop(const NormStep& norm, const void* from, void* to) {
-  if (!norm.dropout.active()) return;
-  ActDropoutPass pass{};
-  pass.dtype = norm.op.dtype;
-  pass.rows = norm.op.batches;
-  pass.columns = norm.op.channels;
-  pass.act.dropout = norm.dropout;
-  pass.input = from;
-  pass.output = to;
-  kernels().act_dropout(pass);
-}
-
-// The layers from one batch norm to the next run together.
-void forward(const Chain& chain) {
-  size_t begin = 0;
-  const auto run_to = [&](size_t end) {
-    if (begin < end) kernels().mlp(chain.layers.data() + begin, static_cast<int>(end - begin));
-    begin = end;
-  };
-  for (const NormStep& norm : chain.norms) {
-    run_to(norm.layer + 1);
-    kernels().batch_norm_act(norm.op);
-    drop(norm, norm.op.output, norm.op.output);
-  }
-  run_to(chain.layers.size());
-}
-
-// The gradients to be written, null where nobody wants them.
-struct Gradients {
-  std::vector<LinearActBackward> layers;
-  std::vector<BatchNormActBackward> norms;
-
-  // The first step that anything is wanted of: 2 l for the product of layer l, 2 l + 1 for its
-  // batch norm.
-  size_t first(const Chain& chain) const {
-    if (layers.front().grad_input) return 0;
-    size_t step = 2 * layers.size();
-    for (size_t l = layers.size(); l-- > 0;) {
-      if (layers[l].grad_weight || layers[l].grad_bias) step = 2 * l;
-    }
-    for (size_t k = 0; k < norms.size(); ++k) {
-      const bool wanted = norms[k].grad_weight.data || norms[k].grad_bias.data;
-      if (wanted) step = std::min(step, 2 * chain.norms[k].layer + 1);
-    }
-    return step;
-  }
-};
-
-// `current` holds what came last, once something did.
-void backward(const Chain& chain, const void* grad_output, Gradients& gradients) {
-  const size_t first = gradients.first(chain);
-  int64_t widest = 0;
-  for (const LinearAct& layer : chain.layers) widest = std::max(widest, layer.out_features);
-  const int64_t bytes =
-      chain.norms.empty() ? 0 : chain.layers.front().rows * widest * size_of(chain.dtype);
-  Temporary<char> current(bytes), next(bytes);
-  const void* above = grad_output;
-  size_t end = chain.layers.size();
-  for (size_t k = chain.norms.size() + 1; k-- > 0;) {
-    // Layers behind batch norm k - 1, and before that of k, whose own layer is the last of them.
-    const size_t norm_layer = k > 0 ? chain.norms[k - 1].layer : 0,
-                 behind = k > 0 ? norm_layer + 1 : 0;
-    const size_t begin = std::max(behind, (first + 1) / 2);
-    const bool norm_wanted = k > 0 && first <= 2 * norm_layer + 1;
-    if (begin < end) {
-      LinearActBackward* layers = gradients.layers.data();
-      layers[end - 1].grad_output = above;
-      if (norm_wanted) layers[begin].grad_input = next.data();
-      kernels().mlp_backward(layers + begin, static_cast<int>(end - begin));
-      if (norm_wanted) above = next.data();
-      current.swap(next);
-    }
-    if (!norm_wanted) return;
-    const NormStep& norm = chain.norms[k - 1];
-    BatchNormActBackward& op = gradients.norms[k - 1];
-    if (norm.dropout.active()) {
-      drop(norm, above, current.data());
-      above = current.data();
-    }
-    op.grad_output = above;
-    op.grad_input = first <= 2 * norm_layer ? next.data() : nullptr;
-    kernels().batch_norm_act_backward(op);
-    above = next.data();
-    current.swap(next);
-    end = behind;
-  }
 }
 
 }  // namespace
@@ -172,7 +80,7 @@ std::tuple<Tensor, Tensor> mlp_prepared(const Tensor& input, const Tensor& handl
     draw_seed(seed_in(saved));
     chain.set_seed(seed_in(saved));
   }
-  forward(chain);
+  run(chain);
   return {output, saved};
 }
 
@@ -183,7 +91,7 @@ Tensor mlp_evaluate(const Tensor& input, const Tensor& handle) {
   Chain chain = describe(mlp, input, seed, true);
   const Tensor output = new_output(chain, input);
   if (mlp.drops()) draw_seed(seed);
-  forward(chain);
+  run(chain);
   return output;
 }
 
@@ -217,15 +125,10 @@ StableIValue mlp_prepared_backward(const Tensor& grad_output, const Tensor& inpu
     ++flag;
     return is_wanted ? results.add(sizes, dtype) : nullptr;
   };
-  Gradients gradients{std::vector<LinearActBackward>(layers),
-                      std::vector<BatchNormActBackward>(norms)};
+  ChainGradients gradients(chain);
   gradients.layers[0].grad_input = wanted(false, sizes_of(input), chain.dtype);
   for (size_t l = 0; l < layers; ++l) {
     LinearActBackward& op = gradients.layers[l];
-    op.forward = chain.layers[l];
-    op.kept = kept(op.forward.act) == Kept::kInput    ? op.forward.seen
-              : kept(op.forward.act) == Kept::kOutput ? op.forward.output
-                                                      : nullptr;
     op.grad_weight = wanted(true, {op.forward.out_features, op.forward.in_features}, chain.dtype);
   }
   if (keeps_output) gradients.layers.back().kept = chain.contiguous_data(*output);
@@ -235,7 +138,6 @@ StableIValue mlp_prepared_backward(const Tensor& grad_output, const Tensor& inpu
   }
   for (size_t k = 0; k < norms; ++k) {
     BatchNormActBackward& op = gradients.norms[k];
-    op.forward = chain.norms[k].op;
     const auto vector_like = [&](const ChannelVector& parameter) -> ChannelVector {
       const DType dtype = parameter.data ? parameter.dtype : op.forward.dtype;
       return {wanted(parameter.data != nullptr, {op.forward.channels}, scalar_type_of(dtype)),
@@ -244,7 +146,7 @@ StableIValue mlp_prepared_backward(const Tensor& grad_output, const Tensor& inpu
     op.grad_weight = vector_like(op.forward.weight);
     op.grad_bias = vector_like(op.forward.bias);
   }
-  backward(chain, chain.contiguous_data(grad_output), gradients);
+  run_backward(chain, chain.contiguous_data(grad_output), gradients);
   return results.release();
 }
 

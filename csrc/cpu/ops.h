@@ -130,22 +130,17 @@ StableIValue research_net_compiled_backward(const Tensor& grad_output, const Ten
 Tensor research_net_compiled_evaluate(const Tensor& input, std::vector<Tensor>& tensors, double eps,
                                       double negative_slope);
 
-// A training step and the plan it runs: fused_mlp/training/plan.py makes and runs them.
-Tensor train_step_plan(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                       const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
-                       const std::optional<Tensor>& running_mean,
-                       const std::optional<Tensor>& running_var,
-                       const std::optional<Tensor>& num_batches_tracked, bool training,
-                       std::vector<double> dropout_p, double eps, double negative_slope,
-                       bool cross_entropy, bool mean, const std::optional<Tensor>& class_weight,
-                       int64_t ignore_index, double label_smoothing, bool adam,
-                       const Tensor& options, std::vector<int64_t> places,
-                       std::vector<int64_t> groups, std::vector<int64_t> state_counts,
-                       std::vector<Tensor> state, std::vector<Tensor> kept_grads);
+// A training step of the network behind a handle of research_net_prepare or mlp_prepare, and the
+// plan it runs: fused_mlp/training/plan.py makes and runs them.
+Tensor train_step_plan(const Tensor& network, bool cross_entropy, bool mean,
+                       const std::optional<Tensor>& class_weight, int64_t ignore_index,
+                       double label_smoothing, bool adam, const Tensor& options,
+                       std::vector<int64_t> places, std::vector<int64_t> groups,
+                       std::vector<int64_t> state_counts, std::vector<Tensor> state,
+                       std::vector<Tensor> kept_grads);
 
 // The loss, or nothing where the plan or the arguments do not fit; nothing is written then.
-std::optional<Tensor> research_net_train_step(const Tensor& plan, const Tensor& input,
-                                              const Tensor& target, double momentum,
-                                              std::optional<double> max_norm);
+std::optional<Tensor> train_step(const Tensor& plan, const Tensor& input, const Tensor& target,
+                                 double momentum, std::optional<double> max_norm);
 
 }  // namespace fused_mlp

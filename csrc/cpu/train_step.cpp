@@ -6,40 +6,12 @@
 #include <cmath>
 #include <memory>
 
+#include "cpu/handle.h"
 #include "cpu/ops.h"
+#include "cpu/step_network.h"
 
 namespace fused_mlp {
 namespace {
-
-// A tensor of the plan. Its address is read anew at every step, since `.data = ` and `.set_` move
-// it; what else they could change must be as it was.
-class Slot {
- public:
-  explicit Slot(const Tensor& tensor)
-      : tensor_(tensor), dtype_(tensor.scalar_type()), numel_(tensor.numel()) {
-    STD_TORCH_CHECK(holds(), "train_step_plan: expected contiguous CPU tensors");
-  }
-  bool holds() const {
-    return tensor_.numel() == numel_ && tensor_.scalar_type() == dtype_ &&
-           tensor_.is_contiguous() && tensor_.is_cpu() &&
-           (tensor_.const_data_ptr() != nullptr || numel_ == 0);
-  }
-  void* data() const { return tensor_.mutable_data_ptr(); }
-  int64_t numel() const { return numel_; }
-  const Tensor& tensor() const { return tensor_; }
-
- private:
-  Tensor tensor_;
-  ScalarType dtype_;
-  int64_t numel_;
-};
-
-using OptionalSlot = std::optional<Slot>;
-
-OptionalSlot slot_of(const std::optional<Tensor>& tensor) {
-  return tensor ? OptionalSlot(*tensor) : std::nullopt;
-}
-void* data_of(const OptionalSlot& slot) { return slot ? slot->data() : nullptr; }
 
 // A parameter that the step changes: its place among all, its group of options, what the optimizer
 // keeps for it, and its gradient where that outlives the step.
@@ -57,16 +29,8 @@ enum SgdOption { kLr, kWeightDecay, kMaximize, kMomentum, kDampening, kNesterov 
 enum AdamOption { kBeta1 = kMomentum, kBeta2, kEps, kDecoupled };
 constexpr int64_t kOptions = 7;
 
-constexpr int64_t kMagic = 0x706574735f70696c;
-
 struct Plan {
-  // What a handle shows of its plan. A copy of the handle shows the same numbers elsewhere.
-  int64_t magic = kMagic;
-  Plan* self = this;
-
-  ResearchNetBackward net{};             // sizes and options; addresses are filled in at every step
-  std::vector<OptionalSlot> parameters;  // weights, biases, bn_weight, bn_bias
-  OptionalSlot running_mean, running_var, num_batches_tracked;
+  std::unique_ptr<StepNetwork> network;
   std::vector<Trained> trained;
   bool adam = false;
   OptionalSlot options;
@@ -74,19 +38,20 @@ struct Plan {
   OptionalSlot class_weight;
   int64_t ignore_index = 0;
   double label_smoothing = 0;
-  OptionalSlot seed;
   OptionalSlot workspace;  // kept from step to step, grown for a larger batch
 
-  size_t layers() const { return static_cast<size_t>(net.forward.layers); }
-  int64_t out() const { return net.forward.widths[layers()]; }
-  size_t element_size() const { return net.forward.dtype == DType::kFloat64 ? 8 : 4; }
-  ScalarType dtype() const {
-    return net.forward.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  }
+  // Of the step at hand.
+  int64_t rows = 0;
+  void *output = nullptr, *grad_output = nullptr;
+
+  int64_t out() const { return network->out_features; }
+  const Slot& parameter(const Trained& each) const { return *network->parameters[each.place]; }
+  size_t element_size() const { return network->dtype == DType::kFloat64 ? 8 : 4; }
+  ScalarType dtype() const { return scalar_type_of(network->dtype); }
 
   bool holds() const;
-  std::optional<double> divisor(const Tensor& target, int64_t rows) const;
-  void place(int64_t rows);
+  std::optional<double> divisor(const Tensor& target) const;
+  void place();
   void judge(const Tensor& target, double divisor, void* loss) const;
   void clip(double max_norm) const;
   void update() const;
@@ -98,21 +63,16 @@ bool holds_all(const std::vector<Slot>& slots) {
   }
   return true;
 }
-bool holds_if_there(const OptionalSlot& slot) { return !slot || slot->holds(); }
 
 bool Plan::holds() const {
-  for (const OptionalSlot& slot : parameters) {
-    if (!holds_if_there(slot)) return false;
-  }
   for (const Trained& each : trained) {
     if (!holds_if_there(each.kept) || !holds_all(each.state)) return false;
   }
-  return holds_if_there(running_mean) && holds_if_there(running_var) &&
-         holds_if_there(num_batches_tracked) && holds_if_there(class_weight);
+  return network->holds() && holds_if_there(class_weight);
 }
 
 // What the sum of the rows' losses is divided by; nothing for a target that does not fit.
-std::optional<double> Plan::divisor(const Tensor& target, int64_t rows) const {
+std::optional<double> Plan::divisor(const Tensor& target) const {
   if (!target.is_cpu()) return std::nullopt;
   if (!cross_entropy) {
     if (target.scalar_type() != dtype() || target.dim() != 2 || target.size(0) != rows ||
@@ -145,31 +105,16 @@ std::optional<double> Plan::divisor(const Tensor& target, int64_t rows) const {
   return total;
 }
 
-// Every address of a step: parameters, buffers, gradients and the workspace.
-void Plan::place(int64_t rows) {
-  ResearchNet& forward = net.forward;
-  forward.rows = rows;
-  for (size_t l = 0; l < layers(); ++l) {
-    forward.weights[l] = parameters[l]->data();
-    forward.biases[l] = parameters[layers() + l]->data();
-  }
-  const auto channels = [&](const OptionalSlot& slot) -> ChannelVector {
-    return {data_of(slot), forward.dtype};
-  };
-  forward.bn_weight = channels(parameters[2 * layers()]);
-  forward.bn_bias = channels(parameters[2 * layers() + 1]);
-  forward.running_mean = channels(running_mean);
-  forward.running_var = channels(running_var);
-  forward.num_batches_tracked = static_cast<int64_t*>(data_of(num_batches_tracked));
-
+// What a step writes: output, its gradient, what backward needs, and the parameters' gradients.
+void Plan::place() {
   const size_t size = element_size();
   const auto padded = [&](int64_t numel) {
     return (static_cast<size_t>(numel) * size + 63) / 64 * 64;
   };
-  const int64_t saved = kernels().research_net_saved_numel(forward);
+  const int64_t saved = network->saved_numel();
   size_t bytes = 2 * padded(rows * out()) + padded(saved);
   for (const Trained& each : trained) {
-    if (!each.kept) bytes += padded(parameters[each.place]->numel());
+    if (!each.kept) bytes += padded(parameter(each).numel());
   }
   if (!workspace || static_cast<size_t>(workspace->numel()) < bytes) {
     workspace.emplace(new_empty_cpu({static_cast<int64_t>(bytes)}, ScalarType::Byte));
@@ -180,33 +125,23 @@ void Plan::place(int64_t rows) {
     next += padded(numel);
     return address;
   };
-  forward.output = take(rows * out());
-  net.grad_output = take(rows * out());
-  forward.saved = take(saved);
+  output = take(rows * out());
+  grad_output = take(rows * out());
+  network->place(take(saved), output);
   for (Trained& each : trained) {
-    each.gradient = each.kept ? each.kept->data() : take(parameters[each.place]->numel());
-    if (each.place < layers()) {
-      net.grad_weights[each.place] = each.gradient;
-    } else if (each.place < 2 * layers()) {
-      net.grad_biases[each.place - layers()] = each.gradient;
-    } else {
-      (each.place == 2 * layers() ? net.grad_bn_weight : net.grad_bn_bias) = {each.gradient,
-                                                                              forward.dtype};
-    }
+    each.gradient = each.kept ? each.kept->data() : take(parameter(each).numel());
+    network->set_gradient(each.place, each.gradient);
   }
 }
 
 void Plan::judge(const Tensor& target, double divisor, void* result) const {
-  const ResearchNet& forward = net.forward;
-  void* grad = const_cast<void*>(net.grad_output);
   if (cross_entropy) {
-    kernels().cross_entropy({forward.dtype, forward.rows, out(), forward.output,
-                             target.const_data_ptr<int64_t>(), target.stride(0),
-                             data_of(class_weight), ignore_index, label_smoothing, divisor, grad,
-                             result});
+    kernels().cross_entropy({network->dtype, rows, out(), output, target.const_data_ptr<int64_t>(),
+                             target.stride(0), data_of(class_weight), ignore_index, label_smoothing,
+                             divisor, grad_output, result});
   } else {
-    kernels().squared_error({forward.dtype, forward.rows, out(), forward.output,
-                             elements_of(target), divisor, grad, result});
+    kernels().squared_error(
+        {network->dtype, rows, out(), output, elements_of(target), divisor, grad_output, result});
   }
 }
 
@@ -214,13 +149,12 @@ void Plan::judge(const Tensor& target, double divisor, void* result) const {
 void Plan::clip(double max_norm) const {
   double squares = 0;
   for (const Trained& each : trained) {
-    squares +=
-        kernels().squared_norm(net.forward.dtype, parameters[each.place]->numel(), each.gradient);
+    squares += kernels().squared_norm(network->dtype, parameter(each).numel(), each.gradient);
   }
   const double factor = max_norm / (std::sqrt(squares) + 1e-6);
   if (factor >= 1) return;  // a NaN goes on and makes every gradient one, as in torch
   for (const Trained& each : trained) {
-    kernels().scale(net.forward.dtype, parameters[each.place]->numel(), factor, each.gradient);
+    kernels().scale(network->dtype, parameter(each).numel(), factor, each.gradient);
   }
 }
 
@@ -236,10 +170,10 @@ void Plan::update() const {
   const double* rows = static_cast<const double*>(options->data());
   double step = -1, beta1 = 0, beta2 = 0, correction1 = 0, correction2 = 0;
   for (const Trained& each : trained) {
-    const Slot& parameter = *parameters[each.place];
+    const Slot& parameter = this->parameter(each);
     const double* o = rows + each.group * kOptions;
     if (!adam) {
-      kernels().sgd({net.forward.dtype, parameter.numel(), parameter.data(), each.gradient,
+      kernels().sgd({network->dtype, parameter.numel(), parameter.data(), each.gradient,
                      each.state.empty() ? nullptr : each.state[0].data(), o[kLr], o[kWeightDecay],
                      o[kMomentum], o[kDampening], o[kNesterov] != 0, o[kMaximize] != 0});
       continue;
@@ -252,7 +186,7 @@ void Plan::update() const {
       correction1 = 1 - std::pow(beta1, step);
       correction2 = 1 - std::pow(beta2, step);
     }
-    kernels().adam({net.forward.dtype, parameter.numel(), parameter.data(), each.gradient,
+    kernels().adam({network->dtype, parameter.numel(), parameter.data(), each.gradient,
                     each.state[1].data(), each.state[2].data(),
                     each.state.size() > 3 ? each.state[3].data() : nullptr, o[kLr], o[kWeightDecay],
                     beta1, beta2, o[kEps], correction1, correction2, o[kDecoupled] != 0,
@@ -260,61 +194,16 @@ void Plan::update() const {
   }
 }
 
-Plan& plan_of(const Tensor& handle) {
-  STD_TORCH_CHECK(handle.is_cpu() && handle.scalar_type() == ScalarType::Long &&
-                      handle.dim() == 1 && handle.numel() == 2,
-                  "research_net_train_step: expected what train_step_plan returned");
-  Plan* plan = static_cast<Plan*>(handle.mutable_data_ptr());
-  STD_TORCH_CHECK(plan->magic == kMagic && plan->self == plan,
-                  "research_net_train_step: expected what train_step_plan returned, not a copy");
-  return *plan;
-}
-
 }  // namespace
 
-Tensor train_step_plan(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                       const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
-                       const std::optional<Tensor>& running_mean,
-                       const std::optional<Tensor>& running_var,
-                       const std::optional<Tensor>& num_batches_tracked, bool training,
-                       std::vector<double> dropout_p, double eps, double negative_slope,
-                       bool cross_entropy, bool mean, const std::optional<Tensor>& class_weight,
-                       int64_t ignore_index, double label_smoothing, bool adam,
-                       const Tensor& options, std::vector<int64_t> places,
-                       std::vector<int64_t> groups, std::vector<int64_t> state_counts,
-                       std::vector<Tensor> state, std::vector<Tensor> kept_grads) {
+Tensor train_step_plan(const Tensor& network, bool cross_entropy, bool mean,
+                       const std::optional<Tensor>& class_weight, int64_t ignore_index,
+                       double label_smoothing, bool adam, const Tensor& options,
+                       std::vector<int64_t> places, std::vector<int64_t> groups,
+                       std::vector<int64_t> state_counts, std::vector<Tensor> state,
+                       std::vector<Tensor> kept_grads) {
   auto plan = std::make_unique<Plan>();
-  ResearchNet& net = plan->net.forward;
-  const size_t layers = weights.size();
-  STD_TORCH_CHECK(layers >= 2 && layers <= kMaxLayers && biases.size() == layers &&
-                      dropout_p.size() == layers - 2,
-                  "train_step_plan: expected 2 to ", kMaxLayers,
-                  " weights, as many biases and 2 fewer dropout probabilities");
-  net.dtype = dtype_of(weights[0]);
-  net.layers = static_cast<int>(layers);
-  net.widths[0] = weights[0].size(1);
-  for (size_t l = 0; l < layers; ++l) {
-    STD_TORCH_CHECK(weights[l].size(1) == net.widths[l] && biases[l].numel() == weights[l].size(0),
-                    "train_step_plan: weights[", l, "] or biases[", l, "] do not fit");
-    net.widths[l + 1] = weights[l].size(0);
-    plan->parameters.emplace_back(weights[l]);
-  }
-  for (const Tensor& bias : biases) plan->parameters.emplace_back(bias);
-  plan->parameters.push_back(slot_of(bn_weight));
-  plan->parameters.push_back(slot_of(bn_bias));
-  plan->running_mean = slot_of(running_mean);
-  plan->running_var = slot_of(running_var);
-  plan->num_batches_tracked = slot_of(num_batches_tracked);
-  net.training = training;
-  net.eps = eps;
-  net.negative_slope = negative_slope;
-  for (size_t l = 0; l < dropout_p.size(); ++l) {
-    if (dropout_p[l] <= 0) continue;
-    if (!plan->seed) plan->seed.emplace(new_empty_cpu({2}, ScalarType::Long));
-    net.dropout[l] = {dropout_p[l], plan->seed->tensor().const_data_ptr<int64_t>(),
-                      static_cast<uint32_t>(l)};
-  }
-
+  plan->network = step_network_of(network);
   plan->cross_entropy = cross_entropy;
   plan->mean = mean;
   plan->class_weight = slot_of(class_weight);
@@ -331,12 +220,13 @@ Tensor train_step_plan(std::vector<Tensor> weights, std::vector<Tensor> biases,
   size_t next = 0;
   for (size_t i = 0; i < places.size(); ++i) {
     Trained each{static_cast<size_t>(places[i]), groups[i], {}, {}};
-    STD_TORCH_CHECK(each.place < plan->parameters.size() && plan->parameters[each.place] &&
+    STD_TORCH_CHECK(each.place < plan->network->parameters.size() &&
+                        plan->network->parameters[each.place] &&
                         next + static_cast<size_t>(state_counts[i]) <= state.size() &&
                         (each.group + 1) * kOptions <= plan->options->numel() &&
                         (!adam || state_counts[i] >= 3),
                     "train_step_plan: place, group or count ", i, " is out of range");
-    const int64_t numel = plan->parameters[each.place]->numel();
+    const int64_t numel = plan->parameter(each).numel();
     for (int64_t k = 0; k < state_counts[i]; ++k) {
       each.state.emplace_back(state[next++]);
       STD_TORCH_CHECK(each.state.back().numel() == (adam && k == 0 ? 1 : numel),
@@ -348,39 +238,31 @@ Tensor train_step_plan(std::vector<Tensor> weights, std::vector<Tensor> biases,
     }
     plan->trained.push_back(std::move(each));
   }
-  const int64_t size = 2, stride = 1;
-  return torch::stable::from_blob(plan.release(), {&size, 1}, {&stride, 1},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  ScalarType::Long,
-                                  [](void* data) { delete static_cast<Plan*>(data); });
+  return hold(std::move(plan));
 }
 
-std::optional<Tensor> research_net_train_step(const Tensor& handle, const Tensor& input,
-                                              const Tensor& target, double momentum,
-                                              std::optional<double> max_norm) {
-  Plan& plan = plan_of(handle);
-  ResearchNet& net = plan.net.forward;
+std::optional<Tensor> train_step(const Tensor& handle, const Tensor& input, const Tensor& target,
+                                 double momentum, std::optional<double> max_norm) {
+  Plan& plan = *held_in<std::unique_ptr<Plan>>(handle, "train_step_plan");
+  StepNetwork& network = *plan.network;
   if (!plan.holds() || !input.is_cpu() || input.scalar_type() != plan.dtype() || input.dim() != 2 ||
-      input.size(1) != net.widths[0]) {
+      input.size(1) != network.in_features) {
     return std::nullopt;
   }
-  const int64_t rows = input.size(0);
-  if (rows < (net.training ? 2 : 1)) return std::nullopt;
-  const std::optional<double> divisor = plan.divisor(target, rows);
+  plan.rows = input.size(0);
+  if (!network.takes(plan.rows)) return std::nullopt;
+  const std::optional<double> divisor = plan.divisor(target);
   if (!divisor) return std::nullopt;
 
   const bool dense = input.stride(1) == 1 && input.stride(0) >= input.size(1);
   const Tensor readable = dense ? input : as_contiguous(input);
   const Tensor dense_target = plan.cross_entropy ? target : as_contiguous(target);
   const Tensor loss = new_empty_cpu({}, plan.dtype());
-  plan.place(rows);
-  net.input = elements_of(readable);
-  net.input_stride = readable.stride(0);
-  net.momentum = momentum;
-  if (plan.seed) random_(plan.seed->tensor());  // as draw_seed in fused_mlp/dropout.py
-  kernels().research_net(net);
+  network.begin(readable, momentum);
+  plan.place();
+  network.forward();
   plan.judge(dense_target, *divisor, loss.mutable_data_ptr());
-  kernels().research_net_backward(plan.net);
+  network.backward(plan.grad_output);
   if (max_norm) plan.clip(*max_norm);
   plan.update();
   return loss;

@@ -7,7 +7,7 @@ module's options and hooks say is read when the run is called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -51,13 +51,12 @@ def find_runs(modules: Sequence[nn.Module]) -> list[Run]:
     start = 0
     while start < len(short):
         run, length = short[start], _network_length(short, start)
+        others: list[Run] = []
         if length:
-            runs += _chain(linears)
             *parts, last = short[start : start + length]
             linear, *rest = last.modules
-            runs.append(_joined(RESEARCH_NET, (*parts, Run(PLAIN, (linear,)))))
-            runs += [Run(PLAIN, (module,)) for module in rest]
-            linears = []
+            linears.append(_joined(RESEARCH_NET, (*parts, Run(PLAIN, (linear,)))))
+            others = [Run(PLAIN, (module,)) for module in rest]
         elif _is_linear(run) and _is_batch_norm(short[start + 1 : start + 2]):
             length = 2
             linears.append(_joined(LINEAR_BATCH_NORM_ACT, tuple(short[start : start + 2])))
@@ -66,11 +65,12 @@ def find_runs(modules: Sequence[nn.Module]) -> list[Run]:
             linears.append(run)
         else:
             length = 1
-            runs += _chain(linears)
-            linears = []
             # A batch norm by itself is torch's; behind a Linear it is part of the run.
             alone = run.op == BATCH_NORM_ACT and len(run.modules) == 1
-            runs.append(replace(run, op=PLAIN) if alone else run)
+            others = [replace(run, op=PLAIN) if alone else run]
+        if others:
+            runs += [*_chain(linears), *others]
+            linears = []
         start += length
     return runs + _chain(linears)
 
@@ -78,6 +78,18 @@ def find_runs(modules: Sequence[nn.Module]) -> list[Run]:
 def _chain(linears: list[Run]) -> list[Run]:
     """Return runs that begin with a Linear as one, if there are several."""
     return [_joined(MLP, tuple(linears))] if len(linears) > 1 else linears
+
+
+def linear_runs(run: Run) -> Iterator[Run]:
+    """Yield the runs of a chain that have one Linear each, of a network within it as well."""
+    if run.op == MLP:
+        for part in run.parts:
+            yield from linear_runs(part)
+    elif run.op == RESEARCH_NET:
+        *hidden, before_norm, norm, last = run.parts
+        yield from (*hidden, _joined(LINEAR_BATCH_NORM_ACT, (before_norm, norm)), last)
+    else:
+        yield run
 
 
 def _joined(op: str, parts: tuple[Run, ...]) -> Run:

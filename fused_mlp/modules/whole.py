@@ -8,15 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from .. import backends, on_chip
-from ..activations import RELU
+from ..activations import LEAKY_RELU, RELU
 from ..ops.fit import Fit
 from ..ops.mlp import Layers
+from ..ops.mlp import check as check_mlp
+from ..ops.research_net import check as check_research_net
 from . import attempt, behind, snapshot
 from .hooks import runs_as_written
-from .layers import LinearReLU
+from .layers import BatchNormLeakyReLU, LinearReLU
 from .norm import norm_state
-from .patterns import LINEAR_BATCH_NORM_ACT, Run
-from .prepared import PreparedNet, can_prepare, prepare_mlp, prepare_research_net
+from .patterns import LINEAR_BATCH_NORM_ACT, Run, linear_runs
+from .prepared import Prepared, PreparedNet, can_prepare, prepare_mlp, prepare_research_net
 
 # A dictionary and the keys that are read from it.
 Entry = tuple[dict[str, Any], tuple[str, ...]]
@@ -96,7 +98,7 @@ class WholeGroup:
             if seen != self._seen[mode]:
                 return
         read = snapshot.take(self._modules.values(), self.entries())
-        fresh = self.make_ready(read, self.read(), input)
+        fresh = PreparedNet(read, self.hand_over(self.read()), input)
         if fresh.holds(self._modules):  # another thread may have changed something meanwhile
             self.ready[mode] = fresh
 
@@ -135,12 +137,44 @@ class WholeGroup:
         """Return the output, or None where no kernel can take the tensors."""
         raise NotImplementedError
 
+    def hand_over(self, arguments: Any) -> Prepared:
+        """Return the network as the CPU library takes it."""
+        raise NotImplementedError
+
+    def tensors(self, arguments: Any) -> tuple[Tensor | None, ...]:
+        """Return parameters and buffers."""
+        raise NotImplementedError
+
+    def check(self, input: Tensor, arguments: Any) -> None:
+        """Raise unless the tensors fit together."""
+        raise NotImplementedError
+
+    def fits(self, input: Tensor, arguments: Any) -> bool:
+        """Return whether the backend runs layers of these widths in one op."""
+        raise NotImplementedError
+
+    def norms(self) -> list[dict[str, Any]]:
+        """Return the ``__dict__`` of every batch norm."""
+        raise NotImplementedError
+
     def may_be_ready(self) -> bool:
         """Return whether the next call may do without looking at the options again."""
-        return True
+        return not self.is_cumulative() and not self.may_share()
 
-    def make_ready(self, read: snapshot.Snapshot, arguments: Any, input: Tensor) -> PreparedNet:
-        raise NotImplementedError
+    def is_cumulative(self) -> bool:
+        """Return whether a momentum depends on the batches counted so far."""
+        return any(norm["training"] and norm["momentum"] is None for norm in self.norms())
+
+    def momentum(self, arguments: Any) -> float:
+        """Return the momentum that a training step is told anew, where it may change by itself."""
+        return 0.0
+
+    def may_share(self) -> bool:
+        """Return whether processes share statistics, if there are any at the call."""
+        return any(
+            norm["training"] and ("forward" in norm or "process_group" in norm)
+            for norm in self.norms()
+        )
 
 
 class ResearchNetGroup(WholeGroup):
@@ -166,25 +200,33 @@ class ResearchNetGroup(WholeGroup):
     def try_op(self, input: Any, arguments: attempt.NetState) -> Tensor | None:
         return attempt.research_net(self._fits, input, *arguments)
 
-    def may_be_ready(self) -> bool:
-        return not _changes_by_itself(self.norm)
+    def hand_over(self, arguments: attempt.NetState) -> Prepared:
+        return prepare_research_net(*arguments)
 
-    def make_ready(
-        self, read: snapshot.Snapshot, arguments: attempt.NetState, input: Tensor
-    ) -> PreparedNet:
-        return PreparedNet(read, prepare_research_net(*arguments), input)
+    def tensors(self, arguments: attempt.NetState) -> tuple[Tensor | None, ...]:
+        weights, biases, state, _, _ = arguments
+        return (*weights, *biases, *state[:5])
+
+    def check(self, input: Tensor, arguments: attempt.NetState) -> None:
+        weights, biases, state, p, _ = arguments
+        weight, bias, running_mean, running_var, tracked, training, _, eps, _ = state
+        check_research_net(
+            input, weights, biases, weight, bias, running_mean, running_var, training, p, None,
+            eps, tracked,
+        )  # fmt: skip
+
+    def fits(self, input: Tensor, arguments: attempt.NetState) -> bool:
+        return on_chip.fits(input, arguments[0])
+
+    def norms(self) -> list[dict[str, Any]]:
+        return [self.norm]
+
+    def momentum(self, arguments: attempt.NetState) -> float:
+        return arguments[2][6]
 
     def identity(self, arguments: attempt.NetState) -> tuple[Any, ...]:
-        weights, biases, state, dropout_p, slope = arguments
-        return (*map(id, (*weights, *biases, *state[:5])), *state[5:], *dropout_p, slope)
-
-    def is_cumulative(self) -> bool:
-        """Return whether the momentum depends on the batches counted so far."""
-        return _is_cumulative(self.norm)
-
-    def may_share(self) -> bool:
-        """Return whether processes share the statistics, if there are any at the call."""
-        return _may_share(self.norm)
+        _, _, state, p, slope = arguments
+        return (*map(id, self.tensors(arguments)), *state[5:], *p, slope)
 
     def entries(self) -> Iterator[Entry]:
         yield from super().entries()
@@ -198,11 +240,12 @@ class MLPGroup(WholeGroup):
     __slots__ = ("_fit", "_norms")
 
     def __init__(self, run: Run, parts: Iterable[Any]) -> None:
-        super().__init__(run, parts, run.parts)
+        linears = [*linear_runs(run)]
+        super().__init__(run, parts, linears)
         self._norms = {
-            layer: part.modules[1].__dict__
-            for layer, part in enumerate(run.parts)
-            if part.op == LINEAR_BATCH_NORM_ACT
+            layer: linear.modules[1].__dict__
+            for layer, linear in enumerate(linears)
+            if linear.op == LINEAR_BATCH_NORM_ACT
         }
         switches = [entry for entry, keys in self._options if "training" in keys]
         if self._norms or switches:
@@ -224,35 +267,31 @@ class MLPGroup(WholeGroup):
     def try_op(self, input: Any, arguments: Layers) -> Tensor | None:
         return attempt.mlp(self._fit, input, arguments)
 
-    def may_be_ready(self) -> bool:
-        return not any(map(_changes_by_itself, self._norms.values()))
+    def hand_over(self, arguments: Layers) -> Prepared:
+        return prepare_mlp(arguments)
 
-    def make_ready(self, read: snapshot.Snapshot, arguments: Layers, input: Tensor) -> PreparedNet:
-        return PreparedNet(read, prepare_mlp(arguments), input)
+    def tensors(self, arguments: Layers) -> tuple[Tensor | None, ...]:
+        buffers = [tensor for norm in arguments.norms.values() for tensor in norm[2:5]]
+        return (*arguments.parameters(), *buffers)
+
+    def check(self, input: Tensor, arguments: Layers) -> None:
+        check_mlp(input, arguments)
+
+    def fits(self, input: Tensor, arguments: Layers) -> bool:
+        return on_chip.fits_mlp(input, arguments.weights)
+
+    def norms(self) -> list[dict[str, Any]]:
+        return list(self._norms.values())
 
     def identity(self, arguments: Layers) -> tuple[Any, ...]:
         _, _, numbers, slopes, p, norms = arguments
-        buffers = [tensor for norm in norms.values() for tensor in norm[2:5]]
         options = [option for norm in norms.values() for option in norm[5:]]
-        return (*map(id, (*arguments.parameters(), *buffers)), *numbers, *slopes, *p, *options)
+        return (*map(id, self.tensors(arguments)), *numbers, *slopes, *p, *options)
 
     def entries(self) -> Iterator[Entry]:
         yield from super().entries()
         for norm in self._norms.values():
             yield from _norm_entries(norm)
-
-
-def _is_cumulative(norm: dict[str, Any]) -> bool:
-    return bool(norm["training"]) and norm["momentum"] is None
-
-
-def _may_share(norm: dict[str, Any]) -> bool:
-    return bool(norm["training"]) and ("forward" in norm or "process_group" in norm)
-
-
-def _changes_by_itself(norm: dict[str, Any]) -> bool:
-    """Return whether a batch norm's next call may depend on more than its options."""
-    return _is_cumulative(norm) or _may_share(norm)
 
 
 def _norm_entries(norm: dict[str, Any]) -> Iterator[Entry]:
@@ -267,7 +306,12 @@ def _behind(part: Run) -> tuple[Callable[[], behind.Options], tuple[Entry, ...]]
     """Return what reads the options behind a Linear, and where they stand."""
     first, *others = part.modules
     if part.op == LINEAR_BATCH_NORM_ACT:
-        others = others[1:]
+        norm, *others = others
+        if type(norm) is BatchNormLeakyReLU:
+            state = norm.__dict__
+            return lambda: (LEAKY_RELU, state["negative_slope"], 0.0), (
+                (state, ("negative_slope",)),
+            )
     if type(first) is LinearReLU:
         own = first.__dict__
         return (

@@ -17,6 +17,7 @@ from .. import activations, reference
 from ._common import (
     bound,
     check_like,
+    check_probability,
     check_tensor,
     differentiate_formula,
     grad_needed,
@@ -134,6 +135,8 @@ def run(input: Tensor, layers: Layers) -> Tensor:
 def check(input: Tensor, layers: Layers) -> None:
     """Raise for tensors that do not fit together."""
     check_layers("mlp", input, layers.weights, layers.biases, biases_may_lack=True)
+    for layer, p in enumerate(layers.dropout_p):
+        check_probability("mlp", f"dropout_p[{layer}]", p)
     for layer, norm in layers.norms.items():
         if input.dim() != 2:
             raise ValueError(f"mlp(): expected 2D input, but got {input.dim()}D")

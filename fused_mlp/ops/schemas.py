@@ -187,15 +187,13 @@ PUBLIC_SCHEMAS = {
 # holds the tensors, which the step reads and writes without naming them, so no tracer may see
 # these ops.
 TRAINING_SCHEMAS = {
+    # `network` is what research_net_prepare or mlp_prepare returned.
     "train_step_plan": (
-        "(Tensor[] weights, Tensor[] biases, Tensor? bn_weight, Tensor? bn_bias,"
-        " Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, bool training,"
-        " float[] dropout_p, float eps, float negative_slope, bool cross_entropy, bool mean,"
-        " Tensor? class_weight, int ignore_index, float label_smoothing, bool adam, Tensor options,"
-        " int[] places, int[] groups, int[] state_counts, Tensor[] state, Tensor[] kept_grads)"
-        " -> Tensor"
+        "(Tensor network, bool cross_entropy, bool mean, Tensor? class_weight, int ignore_index,"
+        " float label_smoothing, bool adam, Tensor options, int[] places, int[] groups,"
+        " int[] state_counts, Tensor[] state, Tensor[] kept_grads) -> Tensor"
     ),
-    "research_net_train_step": (
+    "train_step": (
         "(Tensor plan, Tensor input, Tensor target, float momentum, float? max_norm) -> Tensor?"
     ),
 }

@@ -1,4 +1,4 @@
-"""The one network that is all a module computes, if it is."""
+"""The one network or chain of Linear layers that is all a module computes, if it is."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from typing import Any
 from torch import nn
 
 from ..modules import FusedResearchNet, FusedSequential, snapshot
+from ..modules.groups import make_whole
 from ..modules.hooks import runs_as_written
-from ..modules.patterns import RESEARCH_NET, find_runs
+from ..modules.patterns import find_runs
 from ..modules.snapshot import Snapshot
-from ..modules.whole import ResearchNetGroup
 from .errors import Ordinary
 
 _CONTAINERS = (FusedResearchNet, FusedSequential, nn.Sequential)
 
 
 class Network:
-    """A network that runs as one ``research_net``, reached through modules that only call it.
+    """Layers that run in one op, reached through modules that only call them.
 
     Args:
-        module: a :class:`FusedResearchNet`, a :class:`FusedSequential` of exactly the layers of
-            one, or a module around one of these that does nothing else: an ``nn.Sequential`` of
-            one child, or a ``forward`` of ``return self.layers(data)``.
+        module: a :class:`FusedResearchNet`, a :class:`FusedSequential` that is one ``research_net``
+            or one ``mlp``, or a module around one of these that does nothing else: an
+            ``nn.Sequential`` of one child, or a ``forward`` of ``return self.layers(data)``.
 
     Attributes:
         children: the layers by name, as their container holds them.
-        read: returns what a call uses, as the modules hold it now.
-        is_cumulative: returns whether the batch norm's momentum changes from call to call.
+        group: what reads them.
 
     Raises:
         Ordinary: for every other module.
     """
 
-    __slots__ = ("_forwards", "_group", "_links", "_owners", "children", "is_cumulative", "read")
+    __slots__ = ("_forwards", "_links", "_owners", "children", "group")
 
     def __init__(self, module: nn.Module) -> None:
         self._owners = [module]
@@ -53,19 +52,18 @@ class Network:
         self.children: dict[str, Any] = module._modules
         layers = [*self.children.values()]
         runs = [] if None in layers else find_runs(layers)
-        if [run.op for run in runs] != [RESEARCH_NET]:
-            raise Ordinary("the layers are not those of one research_net")
-        self._group = ResearchNetGroup(runs[0])
-        self.read = self._group.read
-        self.is_cumulative = self._group.is_cumulative
-        if self._group.may_share():
-            raise Ordinary("the batch norm may share its statistics with other processes")
+        group = make_whole(runs[0]) if len(runs) == 1 else None
+        if group is None:
+            raise Ordinary("the layers are not those of one research_net or mlp")
+        self.group = group
+        if group.may_share():
+            raise Ordinary("a batch norm may share its statistics with other processes")
         if not runs_as_written(m.__dict__ for m in (*self._owners, *layers)):
             raise Ordinary("a hook is registered on a module, or its forward was replaced")
 
     def snapshot(self) -> Snapshot:
         """Return everything that a call depends on, as the modules hold it now."""
-        layers = snapshot.take(self.children.values(), self._group.entries())
+        layers = snapshot.take(self.children.values(), self.group.entries())
         return snapshot.joined(layers, snapshot.take(self._owners, self._links))
 
     def holds(self) -> bool:
@@ -89,7 +87,7 @@ def _only_child(module: nn.Module) -> str:
         and kind.__getattr__ is nn.Module.__getattr__
     ):
         return name
-    raise Ordinary(f"{kind.__name__} is not one research_net and nothing else")
+    raise Ordinary(f"{kind.__name__} is not one research_net or mlp and nothing else")
 
 
 def _passes_on(kind: Any) -> str:

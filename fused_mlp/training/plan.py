@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from .. import backends, on_chip
+from .. import backends
 from ..modules import snapshot
+from ..modules.whole import MLPGroup
 from ..ops._common import bound
 from ..ops.fit import Fit, is_nested
-from ..ops.research_net import check as check_research_net
 from . import losses
 from .errors import Ordinary
 from .network import Network
 from .optimizers import Watched
 
 _make = torch.ops.fused_mlp_kernels.train_step_plan.default
-_run = bound(torch.ops.fused_mlp_kernels.research_net_train_step.default)
+_run = bound(torch.ops.fused_mlp_kernels.train_step.default)
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -56,25 +56,26 @@ class Plan:
             raise Ordinary("tensors may be swapped, which a plan's references would prevent")
         judge = losses.read(loss)
         self._network = Network(net)
+        group = self._network.group
         try:
-            weights, biases, state, dropout_p, slope = self._network.read()
+            arguments = group.read()
         except KeyError:
             raise Ordinary("a parameter of a layer is computed") from None
-        weight, bias, mean, var, tracked, training, self._momentum, eps, _ = state
-        self._cumulative = self._network.is_cumulative()
-        self._tensors = (*weights, *biases, weight, bias, mean, var, tracked)
-        variant = Fit(feature_dim=1).admit(
-            (input, *self._tensors), check_research_net, input, weights, biases, weight, bias,
-            mean, var, training, dropout_p, None, eps, tracked,
-        )  # fmt: skip
-        if variant is None:
+        self._cumulative = group.is_cumulative()
+        if self._cumulative and isinstance(group, MLPGroup):
+            raise Ordinary("a batch norm's momentum changes from step to step")
+        tensors = self._tensors = group.tensors(arguments)
+        variant = Fit(feature_dim=1).admit((input, *tensors), group.check, input, arguments)
+        if variant is None or input.dim() != 2:
             raise Ordinary("the input or a parameter does not fit the layers")
-        if not on_chip.fits(input, weights):
-            raise Ordinary("a layer is too wide for research_net")
+        if not group.fits(input, arguments):
+            raise Ordinary("a layer is too wide for one op, or there are too many")
+        network = group.hand_over(arguments)
+        self._momentum = group.momentum(arguments)
         if judge.weight is not None and not (
             judge.weight.dtype == input.dtype
             and judge.weight.device == input.device
-            and judge.weight.shape == weights[-1].shape[:1]
+            and judge.weight.shape == arguments[0][-1].shape[:1]
             and judge.weight.is_contiguous()
         ):
             raise Ordinary("the weight of the loss does not fit the output")
@@ -85,16 +86,15 @@ class Plan:
         groups: list[int] = []
         counts: list[int] = []
         states: list[Tensor] = []
-        parameters = self._tensors[:-3]
-        for place, parameter in enumerate(parameters):
+        for place, parameter in enumerate(network.parameters):
             if parameter is None or not parameter.requires_grad:
                 continue
-            group, tensors = self._optimizer.state_of(parameter)
+            number, state = self._optimizer.state_of(parameter)
             places.append(place)
-            groups.append(group)
-            counts.append(len(tensors))
-            states += tensors
-        trained = [p for p in (parameters[place] for place in places) if p is not None]
+            groups.append(number)
+            counts.append(len(state))
+            states += state
+        trained = [network.parameters[place] for place in places]
         if not trained or len({*map(id, trained)}) < len(trained):
             raise Ordinary("no parameter requires grad, or one stands in two places")
         kept = [_kept_grad(p) for p in trained] if keep_grads else []
@@ -102,15 +102,13 @@ class Plan:
         if keep_grads:
             grad_of = dict(zip(map(id, trained), kept, strict=True))
             self._expected_grads = [grad_of.get(id(p)) for p in self._optimizer.parameters]
-        buffers = [b for b in (mean, var, tracked) if b is not None and training]
         if any(t is not None and not t.is_contiguous() for t in self._tensors) or any(
-            t.is_inference() for t in (*trained, *buffers)
+            t.is_inference() for t in (*trained, *network.written)
         ):
             raise Ordinary("a parameter or a buffer is not contiguous, or an inference tensor")
-        self._written = (*trained, *buffers, *self._optimizer.state_tensors(), *kept)
+        self._written = (*trained, *network.written, *self._optimizer.state_tensors(), *kept)
         self._handle = _make(
-            weights, biases, weight, bias, mean, var, tracked, training, dropout_p, eps, slope,
-            judge.cross_entropy, judge.reduction == "mean", judge.weight,
+            network.call[0], judge.cross_entropy, judge.reduction == "mean", judge.weight,
             judge.ignore_index, judge.label_smoothing, self._optimizer.adam,
             self._optimizer.options, places, groups, counts, states, kept,
         )  # fmt: skip
@@ -142,7 +140,9 @@ class Plan:
             for parameter, grad in zip(parameters, expected, strict=True):
                 if parameter.grad is not grad:
                     return None
-        momentum = network.read()[2][6] if self._cumulative else self._momentum
+        momentum = self._momentum
+        if self._cumulative:
+            momentum = network.group.momentum(network.group.read())
         loss: Tensor | None = _run(self._handle, input, target, momentum, max_norm)
         if loss is None:
             return None

@@ -32,8 +32,9 @@ class TrainStep:
             optimizer.zero_grad()
 
     On the CPU it is a single op, without autograd, where the whole of ``net`` is one
-    ``research_net`` in float32 or float64 (a :class:`FusedResearchNet`, a
-    :class:`FusedSequential` of such layers, a module whose ``forward`` only calls one), ``loss``
+    ``research_net`` or one ``mlp`` in float32 or float64 (a :class:`FusedResearchNet`, a
+    :class:`FusedSequential` of Linear layers with any batch norm, activation and dropout that it
+    fuses, a module whose ``forward`` only calls one of these), ``loss``
     is ``nn.CrossEntropyLoss`` for class indices or ``nn.MSELoss``, or their functions, with a
     mean or a sum, and ``optimizer`` is SGD, Adam or AdamW. Everything else, hooks on modules,
     parameters or the optimizer among it, runs the loop. :attr:`ordinary_because` says why.
@@ -144,7 +145,7 @@ class TrainStep:
         if input.device.type != "cpu":  # reading the target would wait for the device
             return
         try:
-            weights = Network(self.net).read()[0]
+            weights = Network(self.net).group.read()[0]
         except (Ordinary, KeyError):
             return
         output = weights[-1].new_zeros(

@@ -57,7 +57,12 @@ OPS = [
     *((schemas.KERNELS, op) for op in schemas.TRAINING_SCHEMAS),
 ]
 # Arguments that are handles, and the op that makes them.
-HANDLES = {"prepared": "research_net_prepare", "mlp": "mlp_prepare", "plan": "train_step_plan"}
+HANDLES = {
+    "prepared": "research_net_prepare",
+    "mlp": "mlp_prepare",
+    "network": "mlp_prepare",
+    "plan": "train_step_plan",
+}
 
 
 class Source(Protocol):
