@@ -232,6 +232,11 @@ BAD = [
         "linear_act.*negative_slope.*str",
     ),
     (lambda x, w, b: linear_act(x[:, 1:], w, b, "tanh"), RuntimeError, "linear_act.*in_features"),
+    (
+        lambda x, w, b: linear_act(x, w.to_sparse(), b, "tanh"),
+        RuntimeError,
+        r"weight must be a dense tensor, but got layout torch.sparse_coo; .*weight\.to_dense\(\)",
+    ),
     (lambda x, w, b: linear_act(x, w, b[1:], "tanh"), RuntimeError, "linear_act.*bias must have"),
     (lambda x, w, b: linear_act(x, w, b, "tanh", 1.5), ValueError, "linear_act.*between 0 and 1"),
     (lambda x, w, b: linear_act(x, w, b, "silu", -0.1, True), ValueError, "between 0 and 1"),

@@ -356,6 +356,46 @@ def test_input_that_does_not_fit_raises_eagers_error(runs, bad):
     assert str(raised.value) == str(expected.value)
 
 
+@pytest.mark.parametrize(
+    "kind", [lambda x: x.to_sparse(), lambda x: x.to_sparse_csr(), lambda x: x.to_mkldnn()]
+)
+def test_other_layouts_run_the_plain_modules(runs, kind):
+    eager, fused = pair([nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 2)])
+    x = torch.randn(6, 10)
+    fused(x)
+    results = []
+    for net in (eager, fused):
+        try:
+            results.append(net(kind(x)))
+        except (RuntimeError, NotImplementedError) as error:
+            results.append(type(error))
+    if isinstance(results[0], type):
+        assert results[1] is results[0]
+    else:
+        torch.testing.assert_close(*[result.to_dense() for result in results])
+    assert not any(runs)
+
+
+def test_sparse_weight_runs_the_plain_modules():
+    eager, fused = pair([nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 2)])
+    x = torch.randn(6, 10)
+    fused(x)
+    for net in (eager, fused):
+        net[0].weight = nn.Parameter(net[0].weight.detach().to_sparse_csr())
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), eager(x))
+
+
+def test_a_layer_that_stands_twice_gets_the_gradients_of_both_places():
+    linear, norm = nn.Linear(10, 10), nn.BatchNorm1d(10)
+    shared = [linear, norm, nn.ReLU(), linear, norm, nn.ReLU(inplace=True), linear, nn.Tanh()]
+    eager, fused = pair(shared)
+    assert fused[0] is fused[3]
+    for _ in range(3):
+        assert_same_step(eager, fused, torch.randn(6, 10, requires_grad=True), rtol=1e-3, atol=1e-4)
+
+
 def test_weight_changed_between_forward_and_backward_raises_as_eager_does(runs):
     for net in ready(True, runs):
         output = net(torch.randn(6, 10))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +42,7 @@ class WholeGroup:
         "ready", "switch",
     )  # fmt: skip
 
-    def __init__(self, run: Run, parts: Iterable[Any], linears: Iterable[Run]) -> None:
+    def __init__(self, run: Run, parts: Iterable[Any], linears: Sequence[Run]) -> None:
         self._modules = dict(enumerate(run.modules))
         self._dicts = tuple(module.__dict__ for module in run.modules)
         self._parts = tuple(parts)

@@ -150,6 +150,10 @@ def check_floating(op: str, name: str, value: Tensor) -> None:
             f"{op}(): {name} must be float32, float64, bfloat16 or float16, but got "
             f"{value.dtype}; convert it, for example with {name}.float()"
         )
+    _check_layout(op, name, value)
+
+
+def _check_layout(op: str, name: str, value: Tensor) -> None:
     if value.layout != torch.strided:
         if value.is_nested:
             nested.refuse(op, name)
@@ -169,6 +173,7 @@ def check_like(
     """
     check_tensor(op, name, value)
     given = nested.shape_of(op, name, value)
+    _check_layout(op, name, value)
     if given != shape:
         raise RuntimeError(
             f"{op}(): {name} must have shape {shape} to go with input of shape "

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import activations, reference
 from ._common import (
     bound,
+    check_floating,
     check_like,
     check_probability,
     check_tensor,
@@ -110,7 +111,7 @@ def make_call(layers: Layers) -> tuple[Any, ...]:
     options = [[norm[i] for norm in norms.values()] for i in (5, 6, 7)]
     handle = _prepare(
         weights, biases, numbers, slopes, dropout_p, list(norms), norm_tensors, *options
-    )  # fmt: skip
+    )
     usual = (False, False, *[tensor is not None for tensor in layers.parameters()])
     last = len(weights) - 1
     kept = activations.kept(numbers[last], slopes[last], dropout_p[last])
@@ -134,6 +135,7 @@ def run(input: Tensor, layers: Layers) -> Tensor:
 
 def check(input: Tensor, layers: Layers) -> None:
     """Raise for tensors that do not fit together."""
+    check_floating("mlp", "input", input)
     check_layers("mlp", input, layers.weights, layers.biases, biases_may_lack=True)
     for layer, p in enumerate(layers.dropout_p):
         check_probability("mlp", f"dropout_p[{layer}]", p)
