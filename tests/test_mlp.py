@@ -208,11 +208,15 @@ def layers_of(case) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return tensors[0], tensors[1 : 1 + layers], tensors[1 + layers :]
 
 
-@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize(
+    ("rows", "widths"), [(3, (9, 8, 2)), (70, (9, 8, 2)), (20, (130, 120, 2)), (20, (300, 8, 2))]
+)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (5,), (6,), (2, 4), (0, 6), ()])
-def test_gradients_that_nobody_wants_are_not_computed(rows: int, wanted: tuple[int, ...]) -> None:
+def test_gradients_that_nobody_wants_are_not_computed(
+    rows: int, widths: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
     """Nor anything below the first layer that has one, whose mask of outputs is empty."""
-    x, weights, biases = layers_of(mlp_case((rows, 4), (9, 8, 2), ("tanh", "relu", "none")))
+    x, weights, biases = layers_of(mlp_case((rows, 4), widths, ("tanh", "relu", "none")))
     handle = prepare(weights, biases, [6, 1, 0], [0.0] * 3, [0.2, 0.0, 0.0])
     output, saved = KERNELS.mlp_prepared(x, handle)
     grad = torch.randn_like(output)

@@ -75,14 +75,14 @@ void walk(const LinearActBackward* chain, int layers, const ChainSize& size) {
         const WeightGrad<T>& sums = grads[static_cast<size_t>(l)];
         sums.add_bias(at.rows, grad, padded<T>(out), partial_of(l, chunk));
         if (op.grad_weight) {
-          const T* rows = static_cast<const T*>(layer.input) + at.first * layer.input_stride;
+          const T* before = static_cast<const T*>(layer.input) + at.first * layer.input_stride;
           int64_t row = layer.input_stride;
           if (sums.pads_input()) {
-            copy_in(rows, row, at.rows, in, input, padded<T>(in));
-            rows = input;
+            copy_in(before, row, at.rows, in, input, padded<T>(in));
+            before = input;
             row = padded<T>(in);
           }
-          sums.add_weight(at.begins, at.rows, grad, padded<T>(out), rows, row,
+          sums.add_weight(at.begins, at.rows, grad, padded<T>(out), before, row,
                           partial_of(l, chunk));
         }
         if (l == 0 && op.grad_input == nullptr) break;
