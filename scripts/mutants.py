@@ -84,7 +84,7 @@ SKIPPED = re.compile(
     r"|\bwork [-+]?="
 )
 # Functions whose whole business that is.
-CUTTING = ("shape", "fits", "padded", "_pad", "_grid", "_tiles")
+CUTTING = ("shape", "fits", "padded", "_pad", "_grid", "_tiles", "walks_panels", "runs_as_wide")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def code_lines(path: Path) -> Iterator[tuple[int, str, str]]:
             if token.type == tokenize.STRING and token.start[0] != token.end[0]:
                 hidden.update(range(token.start[0], token.end[0] + 1))
     scope, in_signature = "", False
-    opening = re.compile(r"^(?:def|inline|static|void|FUSED_MLP_INLINE)\b.*?\b(\w+)\(")
+    opening = re.compile(r"^(?:def|inline|static|void|bool|FUSED_MLP_INLINE)\b.*?\b(\w+)\(")
     for number, line in enumerate(lines, 1):
         if match := opening.match(line):
             scope = match.group(1)
