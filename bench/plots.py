@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -147,6 +148,9 @@ def _sizes(shape: str) -> str:
     return " × ".join(f"{int(n):,}".replace(",", "\u2009") for n in shape.split("×"))
 
 
+_OPS_ACROSS = 4
+
+
 def ops(results: Results) -> Figure | None:
     """Draw the gain over eager of each op on its own, a bar a size and mode."""
     found = {op: [r for r in results.of(FUSED) if r.op == op] for op in OPS}
@@ -154,9 +158,13 @@ def ops(results: Results) -> Figure | None:
     if not found:
         return None
     most = max(len({r.shape for r in rows}) for rows in found.values())
-    figure = Figure((4.2 * len(found), 1.4 + 0.42 * most), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    for axes, (op, rows) in zip(panels, found.items(), strict=True):
+    across = min(len(found), _OPS_ACROSS)
+    down = math.ceil(len(found) / across)
+    figure = Figure((4.2 * across, down * (1.4 + 0.42 * most)), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for unused in panels[len(found) :]:
+        unused.set_axis_off()
+    for axes, (op, rows) in zip(panels, found.items(), strict=False):
         shapes = list(dict.fromkeys(r.shape for r in rows))
         for mode, shift, shade in (("eval", -0.19, 0.55), ("train", 0.19, 1.0)):
             for row in (r for r in rows if r.mode == mode):

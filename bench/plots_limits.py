@@ -35,7 +35,7 @@ def roofline(results: Results) -> Figure | None:
     panels = figure.subplots(1, len(halves), squeeze=False, sharey=True)[0]
     for axes, half in zip(panels, halves, strict=True):
         seen = []
-        for (key, pairs), marker in zip(half.items(), "os^vD*PXhpd<>" * 3, strict=False):
+        for (key, pairs), marker in zip(half.items(), "os^vD*PXhpd<>H" * 3, strict=False):
             seen += _points(axes, key, pairs, marker)
         _roofs(axes, results.peaks, seen)
         axes.set(xlabel="FLOPs per byte moved", xscale="log", yscale="log")
