@@ -405,6 +405,20 @@ def test_weight_changed_between_forward_and_backward_raises_as_eager_does(runs):
             output.sum().backward()
 
 
+def test_bias_may_change_between_forward_and_backward_as_in_eager(runs):
+    gradients = []
+    for net in ready(True, runs):
+        x = torch.ones(6, 10, requires_grad=True)
+        outputs = [net(x).square().sum() for _ in range(2)]
+        with torch.no_grad():
+            net[0].bias.add_(1)
+        gradients.append(torch.autograd.grad(outputs[0], [x, *net.parameters()]))
+    for found, expected in zip(*gradients[::-1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: a bias"):
+        torch.autograd.grad(outputs[1], x, create_graph=True)
+
+
 def test_graph_can_be_used_twice_and_outlives_its_network(runs):
     eager, fused = ready(True, runs)
     x = torch.randn(6, 10, requires_grad=True)

@@ -82,22 +82,39 @@ class MLPFunction(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
         output: Tensor
         output, saved = prepared(tensors[0], call[0])
-        ctx.save_for_backward(*tensors, saved, output if call[2] else None)
+        # Not the biases, which torch's own Linear does not need either: another value of one may
+        # stand there in backward. Only gradients that are themselves differentiable see them.
+        count = len(call[3].weights)
+        ctx.save_for_backward(
+            *tensors[: 1 + count], *tensors[1 + 2 * count :], saved, output if call[2] else None
+        )
         ctx.call = call
+        ctx.versions = _versions(call[3].biases)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, saved, output = ctx.saved_tensors
+        input, *others, saved, output = ctx.saved_tensors
         handle, usual, _, layers = ctx.call
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
+            if ctx.versions != _versions(layers.biases):
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    "inplace operation: a bias, which a gradient of a gradient takes"
+                )
+            count = len(layers.weights)
+            tensors = (input, *others[:count], *layers.biases, *others[count:])
             return None, *_differentiable(layers, tensors, saved, needed[1:], grad_output)
         if needed == usual:  # a mask takes 0.6 us to hand over
-            found = _backward(grad_output, tensors[0], output, saved, handle, None)
+            found = _backward(grad_output, input, output, saved, handle, None)
             return None, None, *spread(found, needed[2:])
-        found = _backward(grad_output, tensors[0], output, saved, handle, needed[1:])
+        found = _backward(grad_output, input, output, saved, handle, needed[1:])
         return None, *spread(found, needed[1:])
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 # See research_net.py.
