@@ -54,8 +54,9 @@ LEFT_OUT = (
 # Of the others, those that run every kernel, on several threads here: a race takes two.
 THREADED = (
     "batch_norm_act", "batch_norm_leaky_relu", "bfloat16", "determinism", "dropout", "linear_act",
-    "linear_relu", "mlp", "mlp_modules", "module_life", "normalize", "prepared", "prepared_changes",
-    "prepared_life", "research_net", "threads", "train_step", "train_step_loop",
+    "linear_relu", "mlp", "mlp_changes", "mlp_modules", "module_life", "normalize", "prepared",
+    "prepared_changes", "prepared_life", "research_net", "threads", "train_step", "train_step_loop",
+    "train_step_mlp",
 )  # fmt: skip
 THREADS = "3"
 # Where threads train one module, they write its running statistics in no order, and may: torch's

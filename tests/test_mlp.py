@@ -1,6 +1,6 @@
 """A chain of Linear layers in one node of the CPU library: its numbers, what it draws and keeps.
 
-What it notices of its modules, and where they run one by one: test_mlp_modules.py.
+When modules run as one: test_mlp_modules.py. What it notices of them: test_mlp_changes.py.
 """
 
 from __future__ import annotations

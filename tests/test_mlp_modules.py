@@ -1,19 +1,22 @@
-"""Chains of Linear layers in a FusedSequential: when they run in one node, and what they notice."""
+"""Chains of Linear layers in a FusedSequential: when they run in one node, and as what."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
-from prepared_fixtures import runs  # noqa: F401
+from mlp_fixtures import layers, norm_layers, ready
+from prepared_fixtures import (  # noqa: F401
+    assert_backend_is_followed,
+    assert_threads_see_a_whole_state,
+    assert_transforms_run_the_plain_modules,
+    runs,
+)
 from support.networks import assert_same_step, kernels_run, pair
 from torch import nn
-from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from fused_mlp import (
@@ -22,46 +25,12 @@ from fused_mlp import (
     FusedSequential,
     LinearReLU,
     backends,
-    use_backend,
 )
 from fused_mlp.dropout import draw_seed, keep_mask
 
 pytestmark = pytest.mark.skipif(
     backends.active_backend("cpu") != "native", reason="only the CPU library has this op"
 )
-
-
-def layers(dropout: float = 0.0, last: int = 3) -> list[nn.Module]:
-    return [
-        nn.Linear(10, 16), nn.Tanh(), nn.Dropout(dropout),
-        nn.Linear(16, 12, bias=False), nn.LeakyReLU(0.2),
-        LinearReLU(12, 9, dropout=dropout),
-        nn.Linear(9, 8), nn.GELU(),
-        nn.Linear(8, last),
-    ]  # fmt: skip
-
-
-def norm_layers(dropout: float = 0.0) -> list[nn.Module]:
-    return [
-        nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout),
-        nn.Linear(16, 12), nn.Tanh(),
-        nn.Linear(12, 9, bias=False), nn.BatchNorm1d(9, affine=False), nn.Dropout(dropout),
-        nn.Linear(9, 3),
-    ]  # fmt: skip
-
-
-def ready(training: bool, runs: list[bool], dropout: float = 0.0, make=layers):
-    """Return both networks after calls that left the fused one prepared in both modes."""
-    eager, fused = pair(make(dropout))
-    for mode in (not training, training):
-        for net in (eager, fused):
-            net.train(mode)
-        for _ in range(2):
-            x = torch.randn(6, 10)
-            fused(x) if dropout else assert_same_step(eager, fused, x)
-    assert runs[-1], "the second call in a mode runs as prepared"
-    runs.clear()
-    return eager, fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -99,87 +68,14 @@ def test_a_research_net_of_many_layers_runs():
 
 def test_modes_of_torch_see_the_op_of_every_layer(runs):
     eager, fused = ready(False, runs)
-    x = torch.randn(6, 10)
-    assert kernels_run(fused, x) == ["linear_act"] * 2 + ["linear_relu", "linear_act"]
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(fused(x), eager(x))
-        assert fused(x).dtype == torch.bfloat16
-    torch.testing.assert_close(torch.vmap(fused)(x[None])[0], eager(x), rtol=1e-4, atol=1e-5)
-    _, tangent = torch.func.jvp(fused, (x,), (torch.ones_like(x),))
-    _, expected = torch.func.jvp(eager, (x,), (torch.ones_like(x),))
-    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
-    assert not any(runs)
-    fused(x)
-    assert runs[-1]
+    ops = ["linear_act"] * 2 + ["linear_relu", "linear_act"]
+    assert kernels_run(fused, torch.randn(6, 10)) == ops
+    assert_transforms_run_the_plain_modules(eager, fused, runs)
 
 
 def test_backend_is_followed(runs):
     _, fused = ready(False, runs)
-    x = torch.randn(6, 10)
-    expected = fused(x)
-    with use_backend("reference"):
-        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
-        assert not runs[-1]
-    fused(x)
-    fused(x)
-    assert runs[-1]
-
-
-class _Doubled(nn.Module):
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return 2 * weight
-
-
-def _set(index: int, name: str, value: object) -> Callable[[nn.Sequential], None]:
-    return lambda net: setattr(net[index], name, value)
-
-
-def _swap_places(net: nn.Sequential) -> None:
-    """The same children under the same keys, in another order."""
-    children = list(net._modules.items())
-    children[4], children[7] = children[7], children[4]
-    net._modules.clear()
-    net._modules.update(children)
-
-
-CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
-    "child replaced": lambda net: net.__setitem__(0, nn.Linear(10, 16, bias=False)),
-    "activation replaced": lambda net: net.__setitem__(1, nn.SiLU()),
-    "activation replaced by none": lambda net: net.__setitem__(1, nn.Identity()),
-    "children in another order": _swap_places,
-    "slope": _set(4, "negative_slope", 0.7),
-    "slope below 0": _set(4, "negative_slope", -0.7),
-    "approximation": _set(7, "approximate", "tanh"),
-    "bias removed": _set(0, "bias", None),
-    "forward hook": lambda net: net[3].register_forward_hook(lambda m, a, output: output * 2),
-    "backward hook": lambda net: net[3].register_full_backward_hook(
-        lambda m, before, after: (before[0] * 2,)
-    ),
-    "forward overridden": _set(1, "forward", lambda input: input),
-    "parametrization": lambda net: parametrize.register_parametrization(
-        net[0], "weight", _Doubled()
-    ),
-    "pruning": lambda net: prune.l1_unstructured(net[0], "weight", 0.5),
-    "parameter assigned": lambda net: setattr(
-        net[3], "weight", nn.Parameter(torch.linspace(-1, 1, 192).reshape(12, 16))
-    ),
-    "values": lambda net: net[0].weight.data.mul_(1.5),
-    "frozen": lambda net: net[0].requires_grad_(False),
-    "all frozen": lambda net: net.requires_grad_(False),
-    "shorter": lambda net: net.__delitem__(8),
-    "single precision everywhere": lambda net: net.float(),
-}
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_change_to_the_modules_takes_effect_at_the_next_call(runs, change, training):
-    eager, fused = ready(training, runs)
-    for net in (eager, fused):
-        torch.manual_seed(0)
-        change(net)
-    for _ in range(3):
-        assert_same_step(eager, fused, torch.randn(6, 10, requires_grad=True))
+    assert_backend_is_followed(fused, runs)
 
 
 def network_layers_behind(dropout: float = 0.0) -> list[nn.Module]:
@@ -203,37 +99,6 @@ def test_a_research_net_among_other_layers_is_part_of_the_chain(runs):
     assert "research_net" in kernels_run(fused, torch.randn(8, 10))
     for _ in range(2):
         assert_same_step(eager, fused, torch.randn(8, 10), rtol=1e-3, atol=1e-4)
-
-
-NORM_CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
-    "mode of one batch norm": lambda net: net[1].train(not net[1].training),
-    "mode of the other": lambda net: net[7].train(not net[7].training),
-    "eps": _set(1, "eps", 0.5),
-    "momentum": _set(1, "momentum", 0.9),
-    "no momentum": _set(7, "momentum", None),
-    "statistics not tracked": _set(7, "track_running_stats", False),
-    "no statistics": lambda net: net.__setitem__(7, nn.BatchNorm1d(9, track_running_stats=False)),
-    "buffer assigned": _set(1, "running_mean", torch.full((16,), 0.25)),
-    "values of a buffer": lambda net: net[1].running_var.mul_(3),
-    "weight and bias": lambda net: net[1].weight.data.mul_(-2) + net[1].bias.data.add_(1),
-    "frozen": lambda net: net[1].requires_grad_(False),
-    "activation replaced": lambda net: net.__setitem__(2, nn.LeakyReLU(0.3)),
-    "activation that is not fused": lambda net: net.__setitem__(2, nn.GELU()),
-    "hook": lambda net: net[1].register_forward_hook(lambda m, a, output: output * 2),
-}
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("change", NORM_CHANGES.values(), ids=NORM_CHANGES)
-def test_change_to_batch_norms_takes_effect_at_the_next_call(runs, change, training):
-    eager, fused = ready(training, runs, make=norm_layers)
-    for net in (eager, fused):
-        change(net)
-    for _ in range(3):
-        assert_same_step(eager, fused, torch.randn(6, 10, requires_grad=True))
-    with torch.no_grad():
-        for _ in range(3):
-            assert_same_step(eager, fused, torch.randn(6, 10))
 
 
 def test_layers_with_batch_norms_train_evaluate_and_refuse_as_the_plain_modules(runs):
@@ -446,31 +311,4 @@ def test_half_precision_runs_layer_by_layer(runs):
 
 def test_threads_that_call_and_change_one_network_see_a_whole_state():
     _, fused = pair(layers())
-    x = torch.randn(6, 10)
-    outputs = []
-    for slope in (0.1, 0.9):
-        fused[4].negative_slope = slope
-        outputs.append(fused(x).detach())
-    wrong, errors = [], []
-    stop = threading.Event()
-
-    def call():
-        try:
-            while not stop.is_set():
-                output = fused(x).detach()
-                if not any(torch.allclose(output, known, atol=1e-5) for known in outputs):
-                    wrong.append(output)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for i in range(300):
-        fused[4].negative_slope = (0.1, 0.9)[i % 2]
-        fused(x)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert wrong == []
+    assert_threads_see_a_whole_state(fused, fused[4])

@@ -7,12 +7,17 @@ import itertools
 
 import pytest
 import torch
-from prepared_fixtures import networks, ready, runs  # noqa: F401
+from prepared_fixtures import (  # noqa: F401
+    assert_backend_is_followed,
+    assert_transforms_run_the_plain_modules,
+    networks,
+    ready,
+    runs,
+)
 from support.networks import kernels_run, network_layers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fused_mlp
 from fused_mlp import FusedResearchNet, FusedSequential, backends
 from fused_mlp.dropout import draw_seed, keep_mask
 from fused_mlp.modules.prepared import PreparedNet
@@ -217,20 +222,9 @@ def test_input_of_any_layout_runs_as_prepared(runs, layout):
 
 def test_modes_of_torch_see_the_full_op(runs):
     eager, fused = ready(False, runs)
-    x = torch.randn(6, 10)
-    assert kernels_run(fused, x) == ["research_net"]
+    assert kernels_run(fused, torch.randn(6, 10)) == ["research_net"]
     assert not any(runs)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(fused(x), eager(x))
-        assert fused(x).dtype == torch.bfloat16
-    mapped = torch.vmap(fused)(x[None])
-    torch.testing.assert_close(mapped[0], eager(x), rtol=1e-4, atol=1e-5)
-    _, tangent = torch.func.jvp(fused, (x,), (torch.ones_like(x),))
-    _, expected = torch.func.jvp(eager, (x,), (torch.ones_like(x),))
-    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
-    assert not any(runs)
-    fused(x)
-    assert runs[-1]
+    assert_transforms_run_the_plain_modules(eager, fused, runs)
 
 
 def test_mode_that_is_on_when_the_network_is_made_ready_stays_out_of_later_calls(runs):
@@ -257,14 +251,7 @@ def test_parameters_of_functional_call_are_used(runs):
 
 def test_backend_is_followed(runs):
     _, fused = ready(False, runs)
-    x = torch.randn(6, 10)
-    expected = fused(x)
-    with fused_mlp.use_backend("reference"):
-        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
-        assert not runs[-1]
-    fused(x)
-    fused(x)
-    assert runs[-1]
+    assert_backend_is_followed(fused, runs)
 
 
 def test_hooks_on_all_modules_run(runs):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 
 import pytest
 import torch
-from prepared_fixtures import networks, ready, runs  # noqa: F401
+from prepared_fixtures import assert_threads_see_a_whole_state, networks, ready, runs  # noqa: F401
 from torch import nn
 
 from fused_mlp import backends
@@ -66,28 +65,4 @@ def test_handle_is_not_taken_from_a_copy():
 def test_threads_that_call_and_change_one_network_see_a_whole_state():
     _, fused = networks()
     fused.eval()
-    x = torch.randn(6, 10)
-    layers = fused.research_layers
-    outputs = []
-    for slope in (0.1, 0.9):
-        layers[5].negative_slope = slope
-        outputs.append(fused(x).detach())
-    wrong = []
-    stop = threading.Event()
-
-    def call():
-        while not stop.is_set():
-            output = fused(x).detach()
-            if not any(torch.allclose(output, known, atol=1e-5) for known in outputs):
-                wrong.append(output)
-
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for i in range(300):
-        layers[5].negative_slope = (0.1, 0.9)[i % 2]
-        fused(x)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert_threads_see_a_whole_state(fused, fused.research_layers[5])

@@ -94,12 +94,6 @@ Kept kept(const ActDropout& act) {
   }
 }
 
-const void* Chain::contiguous_data(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return elements_of(tensor);
-  copies.push_back(as_contiguous(tensor));
-  return copies.back().const_data_ptr();
-}
-
 void*& Chain::output() {
   const bool normed = !norms.empty() && norms.back().layer + 1 == layers.size();
   return normed ? norms.back().op.output : layers.back().output;

@@ -36,15 +36,11 @@ struct NormStep {
 enum class Kept { kNothing, kOutput, kInput };
 Kept kept(const ActDropout& act);
 
-// One call. As in network.h, tensors are looked at anew at every call; `copies` are contiguous ones
-// that the layers point into.
-struct Chain {
+// One call. As in network.h, tensors are looked at anew at every call.
+struct Chain : Copies {
   std::vector<LinearAct> layers;
   std::vector<NormStep> norms;
   ScalarType dtype;
-  std::vector<Tensor> copies;
-
-  const void* contiguous_data(const Tensor& tensor);
 
   // What the last layer puts out, and the activation that puts it out, unless a batch norm does.
   void*& output();

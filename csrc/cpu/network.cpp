@@ -55,12 +55,6 @@ bool Network::drops() const {
   return std::any_of(dropout_p.begin(), dropout_p.end(), [](double p) { return p > 0; });
 }
 
-const void* Call::contiguous_data(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return elements_of(tensor);
-  copies.push_back(as_contiguous(tensor));
-  return copies.back().const_data_ptr();
-}
-
 Call describe_weights(const Network& network, const Tensor& input) {
   Call call;
   ResearchNet& net = call.net;

@@ -19,14 +19,11 @@ struct Network {
   bool drops() const;
 };
 
-// One call: what the kernels read, and the contiguous copies it may point into. Sizes, dtypes and
+// One call: what the kernels read. Sizes, dtypes and
 // addresses are read and checked here, at every call, since a tensor's owner may change them.
-struct Call {
+struct Call : Copies {
   ResearchNet net{};
   ScalarType dtype, accumulate;
-  std::vector<Tensor> copies;
-
-  const void* contiguous_data(const Tensor& tensor);
 };
 
 // Raise where the tensors do not fit together; nothing is written. Without a seed nothing is

@@ -157,6 +157,12 @@ const int64_t* seed_of(const std::optional<Tensor>& seed) {
   return static_cast<const int64_t*>(elements_of(*seed));
 }
 
+const void* Copies::contiguous_data(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return elements_of(tensor);
+  copies.push_back(as_contiguous(tensor));
+  return copies.back().const_data_ptr();
+}
+
 void draw_seed(int64_t* seed) {
   const Tensor drawn = new_empty_cpu({2}, ScalarType::Long);
   random_(drawn);

@@ -64,6 +64,14 @@ const void* elements_of(const Tensor& tensor);
 // The tensor itself, or a contiguous copy.
 Tensor as_contiguous(const Tensor& tensor);
 
+// The contiguous copies that a call's pointers may lead into.
+struct Copies {
+  std::vector<Tensor> copies;
+
+  // The elements of the tensor, or of a copy.
+  const void* contiguous_data(const Tensor& tensor);
+};
+
 // Torch's own ops, through its dispatcher.
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor permute(const Tensor& tensor, const std::vector<int64_t>& dims);

@@ -312,8 +312,7 @@ def mlp(fit: Fit, input: Any, layers: Layers) -> Tensor | None:
     """Return the output of Linear layers in a row, or None where no one kernel can run them."""
     if forward_ad._current_level >= 0:
         return None
-    buffers = [tensor for norm in layers.norms.values() for tensor in norm[2:5]]
-    tensors = (input, *layers.parameters(), *buffers)
+    tensors = (input, *layers.tensors())
     variant = fit.find(*tensors) or fit.admit(tensors, check_mlp, input, layers)
     if variant is None:
         return None

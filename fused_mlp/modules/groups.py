@@ -48,8 +48,9 @@ def make_whole(run: Run) -> WholeGroup | None:
 
 
 def _make_part(run: Run) -> Step:
+    """Return what computes a run of those that one op computes together."""
     if run.op == RESEARCH_NET:
-        return ResearchNetGroup(run, map(make_step, run.parts)).run
+        return make_step(run)
     if _is_linear_act(run):
         return LinearActGroup(run).run
     if run.op == BATCH_NORM_ACT or (run.op == BATCH_NORM_LEAKY_RELU and len(run.modules) > 1):

@@ -104,7 +104,7 @@ def prepare_mlp(layers: mlp.Layers) -> Prepared:
     return Prepared(
         mlp.make_call(layers),
         layers.parameters(),
-        layers.buffers(),
+        layers.written(),
         mlp.prepared if layers.train() else None,
         mlp.evaluate,
         mlp.apply_checked,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from .prepared import Prepared, PreparedNet, can_prepare, prepare_mlp, prepare_r
 Entry = tuple[dict[str, Any], tuple[str, ...]]
 
 
-class WholeGroup:
+class WholeGroup(ABC):
     """Runs that one op computes; where it cannot, they run one after the other.
 
     Args:
@@ -102,13 +103,13 @@ class WholeGroup:
         if fresh.holds(self._modules):  # another thread may have changed something meanwhile
             self.ready[mode] = fresh
 
+    @abstractmethod
     def read(self) -> Any:
         """Return what a call uses, weights first, as the modules hold it now.
 
         Raises:
             KeyError: where a parameter is not a plain one.
         """
-        raise NotImplementedError
 
     def read_linears(self) -> tuple[list[Any], list[Any], Any, Any, Any]:
         """Return weights, biases, and what stands behind the Linear layers."""
@@ -125,37 +126,37 @@ class WholeGroup:
         yield from self._options
         yield vars(backends), ("_chosen",)
 
+    @abstractmethod
     def identity(self, arguments: Any) -> tuple[Any, ...]:
         """Return the identities of the tensors and the values of the options."""
-        raise NotImplementedError
 
     def may_take(self, input: Any) -> bool:
         """Return whether it is worth a look at the modules."""
         return True
 
+    @abstractmethod
     def try_op(self, input: Any, arguments: Any) -> Tensor | None:
         """Return the output, or None where no kernel can take the tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hand_over(self, arguments: Any) -> Prepared:
         """Return the network as the CPU library takes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self, arguments: Any) -> tuple[Tensor | None, ...]:
         """Return parameters and buffers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, input: Tensor, arguments: Any) -> None:
         """Raise unless the tensors fit together."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fits(self, input: Tensor, arguments: Any) -> bool:
         """Return whether the backend runs layers of these widths in one op."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norms(self) -> list[dict[str, Any]]:
         """Return the ``__dict__`` of every batch norm."""
-        raise NotImplementedError
 
     def may_be_ready(self) -> bool:
         """Return whether the next call may do without looking at the options again."""
@@ -271,8 +272,7 @@ class MLPGroup(WholeGroup):
         return prepare_mlp(arguments)
 
     def tensors(self, arguments: Layers) -> tuple[Tensor | None, ...]:
-        buffers = [tensor for norm in arguments.norms.values() for tensor in norm[2:5]]
-        return (*arguments.parameters(), *buffers)
+        return arguments.tensors()
 
     def check(self, input: Tensor, arguments: Layers) -> None:
         check_mlp(input, arguments)

@@ -58,8 +58,13 @@ class Layers(NamedTuple):
         """Return whether a batch norm takes the statistics of its batch."""
         return any(norm[5] for norm in self.norms.values())
 
-    def buffers(self) -> tuple[Tensor, ...]:
-        """Return what a call writes."""
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return parameters and buffers."""
+        buffers = [tensor for norm in self.norms.values() for tensor in norm[2:5]]
+        return (*self.parameters(), *buffers)
+
+    def written(self) -> tuple[Tensor, ...]:
+        """Return the buffers that a call writes."""
         written = [norm[2:5] for norm in self.norms.values() if norm[5]]
         return tuple(tensor for tensors in written for tensor in tensors if tensor is not None)
 
@@ -146,7 +151,7 @@ def run(input: Tensor, layers: Layers) -> Tensor:
         output = prepared(input, call[0])[0]
     else:
         return evaluate(input, call[0])
-    mark_written(*layers.buffers())
+    mark_written(*layers.written())
     return output
 
 

@@ -15,12 +15,12 @@ from .cases import (
     batch_norm_case,
     example,
     linear_case,
-    mlp_case,
     normalize_case,
     odd_sizes,
     odd_triples,
     research_case,
 )
+from .chains import mlp_case
 from .environment import INTERPRETED, free_memory, needs_memory
 from .layouts import LAYOUTS, lay_out
 from .philox import keep_mask, philox4x32

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_mlp import activations
-from fused_mlp.dropout import draw_seed
-from fused_mlp.ops import mlp
+import fused_mlp  # noqa: F401  (registers torch.ops.fused_mlp)
 
 from . import plain
 from .environment import INTERPRETED
@@ -75,7 +73,7 @@ class Case:
     terms: Callable[..., Tensor] | None = None
 
 
-class _Source:
+class Source:
     """Random tensors that are the same on every device and in every dtype, up to rounding."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, draw: int) -> None:
@@ -103,7 +101,7 @@ def normalize_case(
     offset: float = 0.0,
     draw: int = 0,
 ) -> Case:
-    x = _Source(dtype, device, draw).normal(*shape, scale=scale, offset=offset)
+    x = Source(dtype, device, draw).normal(*shape, scale=scale, offset=offset)
     return Case(
         f"normalize({list(shape)}, dim={dim}, correction={correction}, eps={eps})",
         {"input": x},
@@ -128,7 +126,7 @@ def linear_case(
     draw: int = 0,
 ) -> Case:
     """With an ``activation`` a case of linear_act, else of linear_relu."""
-    source = _Source(dtype, device, draw)
+    source = Source(dtype, device, draw)
     in_features = shape[-1]
     bound = max(in_features, 1) ** -0.5
     tensors = {
@@ -210,8 +208,8 @@ def batch_norm_case(
 
     With an ``activation`` a case of batch_norm_act, else of batch_norm_leaky_relu.
     """
-    x = _Source(dtype, device, 2 * draw).normal(*shape, scale=scale, offset=offset)
-    source = _Source(parameter_dtype or dtype, device, 2 * draw + 1)
+    x = Source(dtype, device, 2 * draw).normal(*shape, scale=scale, offset=offset)
+    source = Source(parameter_dtype or dtype, device, 2 * draw + 1)
     channels = shape[1]
     tensors = {"input": x}
     if affine in ("both", "weight"):
@@ -267,7 +265,7 @@ def research_case(
     draw: int = 0,
 ) -> Case:
     """``widths`` are those of the input, every hidden layer and the output."""
-    source = _Source(dtype, device, draw)
+    source = Source(dtype, device, draw)
     layers, channels = len(widths) - 1, widths[-2]
     tensors = {"input": source.normal(rows, widths[0])}
     for layer in range(layers):
@@ -312,108 +310,6 @@ def research_case(
         sure if dtype.itemsize == 2 and rows and channels else None,
         roundings=2,
     )
-
-
-def mlp_case(
-    shape: Sequence[int],
-    widths: Sequence[int],
-    kinds: Sequence[str],
-    p: float = 0.0,
-    biases: bool = True,
-    *,
-    norms: Sequence[int] = (),
-    training: bool = True,
-    affine: bool = True,
-    dtype: torch.dtype = torch.float32,
-    draw: int = 0,
-) -> Case:
-    """A chain of Linear layers in one node, which the CPU library alone runs.
-
-    Args:
-        shape: of the input, whose last size is the first layer's in_features.
-        widths: out_features of every layer.
-        kinds: of ACTIVATIONS, one a layer.
-        p: of the dropout behind every layer but the last.
-        biases: whether every layer has one, or every second.
-        norms: the layers with a batch norm, in ``training`` or not, with weight and bias or not.
-    """
-    source = _Source(dtype, torch.device("cpu"), draw)
-    layers, features = len(widths), shape[-1]
-    tensors = {"input": source.normal(*shape)}
-    for layer, width in enumerate(widths):
-        bound = max(features, 1) ** -0.5
-        tensors[f"weights[{layer}]"] = source.normal(width, features, scale=bound)
-        features = width
-    with_bias = [layer for layer in range(layers) if biases or layer % 2]
-    for layer in with_bias:
-        tensors[f"biases[{layer}]"] = source.normal(widths[layer], scale=0.5)
-    names, options = [kind.split(",")[0] for kind in kinds], [ACTIVATIONS[kind] for kind in kinds]
-    slopes = [option.get("negative_slope", 0.0) for option in options]
-    approximate = [option.get("approximate", "none") for option in options]
-    dropout_p = [p] * (layers - 1) + [0.0]
-    torch.manual_seed(draw)
-    seed = draw_seed("cpu")
-    rows = torch.Size(shape[:-1]).numel()
-    keeps = [
-        keep_mask(seed, rows, width, q, layer) if q else None
-        for layer, (width, q) in enumerate(zip(widths, dropout_p, strict=True))
-    ]
-
-    statistics = {
-        n: (source.normal(widths[n], scale=0.5), source.positive(widths[n])) for n in norms
-    }
-    for layer in norms if affine else ():
-        tensors[f"bn_weights[{layer}]"] = source.normal(widths[layer], offset=0.3)
-        tensors[f"bn_biases[{layer}]"] = source.normal(widths[layer], scale=0.5)
-
-    def split(t: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Any], dict[int, tuple[Any, ...]]]:
-        given = dict(zip(with_bias, t[layers:], strict=False))
-        found = iter(t[layers + len(with_bias) :])
-        state = {n: (next(found, None), next(found, None), *statistics[n]) for n in norms}
-        return list(t[:layers]), [given.get(layer) for layer in range(layers)], state
-
-    def reference(x: Tensor, *t: Tensor, exact: bool = False) -> Tensor:
-        weights, bias, state = split(t)
-        for layer in range(layers):
-            x = torch.nn.functional.linear(x, weights[layer], bias[layer])
-            if layer in state:
-                weight, shift, mean, var = state[layer]
-                options = (mean.to(x), var.to(x), weight, shift, training)
-                if exact:
-                    x = plain.batch_norm_exact(x, *options, 1e-5)
-                else:
-                    x = torch.nn.functional.batch_norm(x, *map(_copied, options), 0.1, 1e-5)
-            x = plain.activation(x, names[layer], slopes[layer], approximate[layer])
-            x = plain.dropout(x, dropout_p[layer], keeps[layer])
-        return x
-
-    def fused(x: Tensor, *t: Tensor) -> Tensor:
-        numbers = [activations.number("mlp", *n) for n in zip(names, approximate, strict=True)]
-        weights, bias, state = split(t)
-        norms = {
-            n: (w, b, mean.clone(), var.clone(), None, training, 0.1, 1e-5)
-            for n, (w, b, mean, var) in state.items()
-        }
-        torch.manual_seed(draw)  # the node draws the seed itself
-        return mlp.run(x, mlp.Layers(weights, bias, numbers, slopes, dropout_p, norms))
-
-    return Case(
-        f"mlp({list(shape)} -> {list(widths)}, {list(kinds)}, p={p}, biases={biases}, "
-        f"norms={list(norms)}, training={training}, affine={affine})",
-        tensors,
-        fused,
-        reference,
-        lambda *t: reference(*t, exact=True),
-        # The sum of a few columns may cancel to nothing, and a batch norm takes biases away.
-        scales={f"biases[{layer}]": f"weights[{layer}]" for layer in with_bias}
-        | {f"bn_biases[{layer}]": f"bn_weights[{layer}]" for layer in norms if affine},
-        roundings=2,
-    )
-
-
-def _copied(value: Any) -> Any:
-    """Return running statistics that batch norm may write; all else as it is."""
-    return value.clone() if isinstance(value, Tensor) and not value.requires_grad else value
 
 
 # Small calls of every op in every mode, for what must hold of all of them.
