@@ -17,7 +17,13 @@ from .environment import synchronize
 _SOURCE = Path(__file__).with_name("fma_peak.cpp")
 # What the kernels of each instruction set are compiled with, as far as multiply-adds go.
 _AVX512 = ("-mavx512f", "-mavx2", "-mfma")
-_FLAGS = {"avx512_bf16": _AVX512, "avx512": _AVX512, "avx2": ("-mavx2", "-mfma"), "baseline": ()}
+_FLAGS = {
+    "amx_bf16": _AVX512,
+    "avx512_bf16": _AVX512,
+    "avx512": _AVX512,
+    "avx2": ("-mavx2", "-mfma"),
+    "baseline": (),
+}
 
 
 def measure(

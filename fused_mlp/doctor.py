@@ -110,7 +110,8 @@ def _cpu() -> dict[str, Any]:
             name = value.strip()
         elif key.strip() in {"flags", "Features"}:
             flags = set(value.split())
-    known = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "asimd", "sve")
+    x86 = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16")
+    known = (*x86, "asimd", "sve")
     return {
         "name": name,
         "machine": platform.machine(),

@@ -18,6 +18,9 @@ from fused_mlp import _build
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Instruction sets that compile the kernels of csrc/cpu/kernels/bfloat16 alone.
+OF_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+
 _names = itertools.count()
 
 needs_compiler = pytest.mark.skipif(_build.find_cxx().path is None, reason="no C++ compiler")

@@ -10,7 +10,15 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from build_fixtures import ROOT, csrc, executable, loads_by_path, needs_compiler, needs_nm  # noqa: F401
+from build_fixtures import (  # noqa: F401
+    OF_BFLOAT16,
+    ROOT,
+    csrc,
+    executable,
+    loads_by_path,
+    needs_compiler,
+    needs_nm,
+)
 
 from fused_mlp import _build
 from fused_mlp._build import plan, toolchain
@@ -60,7 +68,7 @@ def test_cpu_library_is_there() -> None:
 def test_kernels_are_compiled_once_per_instruction_set(csrc: Path, tmp_path: Path) -> None:
     made = plan.make_plan("cpu", csrc, tmp_path)
     known = plan.ISA_FLAGS.get(toolchain.machine(), {})
-    isas = [name for name in ("baseline", *known) if name != "avx512_bf16"]
+    isas = [name for name in ("baseline", *known) if name not in OF_BFLOAT16]
     assert [unit.source.name for unit in made.units] == ["entry.cpp"] + ["kernel.cpp"] * len(isas)
     assert made.facts["isas"] == ["baseline", *known]
     for isa, unit in zip(isas, made.units[1:], strict=True):
@@ -81,10 +89,12 @@ def test_kernels_of_bfloat16_are_compiled_for_its_instructions_alone(
     (csrc / "cpu/kernels/bfloat16").mkdir()
     (csrc / "cpu/kernels/bfloat16/pairs.cpp").write_text("int pairs;\n")
     made = plan.make_plan("cpu", csrc, tmp_path)
-    (unit,) = (unit for unit in made.units if unit.source.name == "pairs.cpp")
-    assert "-DFUSED_MLP_ISA=avx512_bf16" in unit.command
-    assert "-mavx512bf16" in unit.command
-    assert made.units[-1] is unit
+    units = [unit for unit in made.units if unit.source.name == "pairs.cpp"]
+    assert made.units[-len(units) :] == units
+    for isa, unit in zip(("avx512_bf16", "amx_bf16"), units, strict=True):
+        assert f"-DFUSED_MLP_ISA={isa}" in unit.command
+        assert "-mavx512bf16" in unit.command
+        assert ("-mamx-bf16" in unit.command) == (isa == "amx_bf16")
 
 
 @needs_compiler
@@ -104,14 +114,19 @@ def test_an_instruction_set_the_compiler_refuses_is_left_out(
     monkeypatch.setattr(plan, "machine", lambda: "x86_64")
     (csrc / "cpu/kernels/bfloat16").mkdir()
     (csrc / "cpu/kernels/bfloat16/pairs.cpp").write_text("int pairs;\n")
-    for refused, left in (("-mavx512f", ["avx2"]), ("-mavx512bf16", ["avx2", "avx512"])):
+    for refused, left in (
+        ("-mavx512f", ["avx2"]),
+        ("-mavx512bf16", ["avx2", "avx512"]),
+        ("-mamx-bf16", ["avx2", "avx512", "avx512_bf16"]),
+    ):
         monkeypatch.setattr(plan, "accepts", lambda compiler, flags, no=refused: no not in flags)
         made = plan.make_plan("cpu", csrc, tmp_path)
         assert made.facts["isas"] == ["baseline", *left]
+        pairs = [unit for unit in made.units if unit.source.name == "pairs.cpp"]
+        assert len(pairs) == len(OF_BFLOAT16 & set(left))
         for unit in made.units:
-            assert unit.source.name != "pairs.cpp"
-            assert "-DFUSED_MLP_HAS_AVX512_BF16" not in unit.command
-            assert ("-DFUSED_MLP_HAS_AVX512" in unit.command) == ("avx512" in left)
+            for isa in plan.ISA_FLAGS["x86_64"]:
+                assert (f"-DFUSED_MLP_HAS_{isa.upper()}" in unit.command) == (isa in left)
 
 
 @needs_compiler

@@ -65,7 +65,7 @@ def test_with_the_compiled_kernels() -> None:
     assert set(report) == SECTIONS
     assert report["problems"] == []
     assert report["torch"]["version"] == torch.__version__
-    assert report["cpu"]["isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
+    assert report["cpu"]["isa"] in ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
     state = native_on_cpu(report)
     assert state["available"]
     assert state["active"]

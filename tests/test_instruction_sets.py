@@ -12,7 +12,7 @@ import pytest
 from fused_mlp import _build, backends
 
 TESTS = Path(__file__).resolve().parent
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 # Every activation and dtype over odd sizes, whole vectors, and beyond a core's cache.
 CHECK = """
 import sys

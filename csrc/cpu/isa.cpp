@@ -3,6 +3,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/tensors.h"
 
 namespace fused_mlp {
@@ -22,14 +27,28 @@ bool avx512_runs() {
 }
 #endif
 
+#if defined(FUSED_MLP_HAS_AMX_BF16)
+// The system hands out the tiles' registers to processes that ask for them.
+bool amx_bf16_runs() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return avx512_runs() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // FUSED_MLP_CPU_ISA names the most to be used; more than the machine has is not given.
-enum Level { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+enum Level { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
 Level most_wanted() {
   const char* wanted = std::getenv("FUSED_MLP_CPU_ISA");
-  if (wanted == nullptr || *wanted == 0) return kAvx512Bf16;
-  const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
-  for (int level = kAvx512Bf16; level > kBaseline; --level) {
+  if (wanted == nullptr || *wanted == 0) return kAmxBf16;
+  const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+  for (int level = kAmxBf16; level > kBaseline; --level) {
     if (std::strcmp(wanted, names[level]) == 0) return static_cast<Level>(level);
   }
   return kBaseline;
@@ -37,6 +56,9 @@ Level most_wanted() {
 
 const Kernels& choose() {
   [[maybe_unused]] const Level most = most_wanted();
+#if defined(FUSED_MLP_HAS_AMX_BF16)
+  if (most >= kAmxBf16 && amx_bf16_runs()) return amx_bf16::kernels();
+#endif
 #if defined(FUSED_MLP_HAS_AVX512_BF16)
   if (most >= kAvx512Bf16 && avx512_runs() && __builtin_cpu_supports("avx512bf16")) {
     return avx512_bf16::kernels();

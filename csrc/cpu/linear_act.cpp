@@ -15,11 +15,12 @@ namespace {
 // half precision where they have its instructions, as the library does.
 constexpr int64_t kOwnWidth = 256;
 
-// `keeps` says whether what the activation sees is wanted.
-bool runs_own(const LinearAct& op, bool keeps = false) {
+bool runs_own(const LinearAct& op) {
   const bool single = op.dtype == DType::kFloat32 || op.dtype == DType::kFloat64;
+  const bool pairs = op.dtype == DType::kBFloat16 && kernels().bfloat16 &&
+                     op.in_features * op.out_features <= kernels().bfloat16_weight_numel;
   return (op.in_features <= kOwnWidth && op.out_features <= kOwnWidth) ||
-         (single && kernels().wide) || (op.in_bfloat16() && !keeps && kernels().bfloat16);
+         (single && kernels().wide) || pairs;
 }
 
 bool has_float16_arithmetic() {
@@ -90,7 +91,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
                   "linear_act: bias must be a CPU tensor of out_features elements");
   std::vector<int64_t> sizes = sizes_of(input);
   sizes.back() = op.out_features;
-  if (!runs_own(op, seen != nullptr) && runs_as_single(op) && op.rows >= kFewestSingle) {
+  if (!runs_own(op) && runs_as_single(op) && op.rows >= kFewestSingle) {
     const auto single = [](const Tensor& tensor) { return converted(tensor, ScalarType::Float); };
     std::optional<Tensor> single_bias;
     if (bias) single_bias = single(*bias);
@@ -98,11 +99,13 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     if (seen) *seen = converted(*seen, ScalarType::Half);
     return converted(output, ScalarType::Half);
   }
-  if (!runs_own(op, seen != nullptr)) {
+  if (!runs_own(op)) {
     elements_of(input), elements_of(weight), data_of(bias);
     const Tensor product = linear(input, weight, bias);
     const Tensor output = seen ? new_empty_cpu(sizes, input.scalar_type()) : product;
     if (seen) *seen = product;
+    const bool nothing = act.activation == Activation::kNone && !act.dropout.active();
+    if (nothing && !norm.active()) return product;
     kernels().act_dropout({op.dtype, op.rows, op.out_features, norm, act, product.const_data_ptr(),
                            output.mutable_data_ptr()});
     return output;

@@ -2,7 +2,7 @@
 
     csrc/cpu/*.cpp           once, with baseline flags
     csrc/cpu/kernels/*.cpp   once per instruction set, told its name by -DFUSED_MLP_ISA=<name>
-    csrc/cpu/kernels/bfloat16/*.cpp   once, for avx512_bf16, which is avx512 with these beside it
+    csrc/cpu/kernels/bfloat16/*.cpp   for avx512_bf16 and amx_bf16, avx512 with these beside it
     csrc/cuda/*.cu           once, for every GPU architecture
 
 Every unit learns which instruction sets are there from -DFUSED_MLP_HAS_AVX2 and so on. Nothing
@@ -48,10 +48,11 @@ ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": _AVX2,
         "avx512": _AVX512,
         "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+        "amx_bf16": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     },
 }
 # Instruction sets that have a folder of kernels of their own and take all else from another.
-_FOLDERS = {"bfloat16": "avx512_bf16"}
+_FOLDERS = {"bfloat16": ("avx512_bf16", "amx_bf16")}
 # -cudart static and symbols of libtorch_cpu alone: the library loads under every torch wheel.
 CUDA_FLAGS: tuple[str, ...] = (
     *("-O3", LANGUAGE, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"),
@@ -179,9 +180,10 @@ def _isas_of(source: Path, isas: dict[str, tuple[str, ...]]) -> dict[str, tuple[
     """The names and flags a file is compiled with; no name for one outside of ``kernels``."""
     folder = source.parent.name
     if folder in _FOLDERS:
-        return {name: flags for name, flags in isas.items() if name == _FOLDERS[folder]}
+        return {name: flags for name, flags in isas.items() if name in _FOLDERS[folder]}
     if folder == "kernels":
-        return {name: flags for name, flags in isas.items() if name not in _FOLDERS.values()}
+        elsewhere = {name for names in _FOLDERS.values() for name in names}
+        return {name: flags for name, flags in isas.items() if name not in elsewhere}
     return {"": ()}
 
 

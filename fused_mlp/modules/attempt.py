@@ -76,10 +76,11 @@ def linear_act(
         variant = fit.admit(tensors, check_linear_relu, input, weight, bias, 0.0, None)
         if variant is None:
             return None
-    if activation != activations.RELU and (
-        not _has_kernel(variant, "linear_act", input) or (not p and _torch_is_faster(input, weight))
-    ):
-        return None
+    if activation != activations.RELU:
+        if not _has_kernel(variant, "linear_act", input):
+            return None
+        if not p and _torch_is_faster(input, weight, activation):
+            return None
     if not 0.0 <= p <= 1.0:
         return None
     seed = draw_seed(input.device) if p else None
@@ -215,31 +216,38 @@ def _has_kernel(variant: Variant, op: str, input: Tensor) -> bool:
     return known
 
 
-# Multiply-adds of a bfloat16 product from which torch's own layers win. Its products take the
-# processor's dot products there, as ours do for ReLU alone: other activations ran at 0.98 to 1.35
-# times the speed of eager at 128 cubed, at 0.59 to 0.95 at 256 cubed. Narrow layers gain up to
-# twice that (1024x64x64: 1.12 in evaluation, 1.2 to 1.4 in training). Not so with dropout, whose
-# mask costs torch more than the product: 1.5 to 5.3 at every shape tried, 1024 cubed and
-# 65536x128x128 among them.
-_MOST_BFLOAT16 = 128**3
+# Multiply-adds of a bfloat16 product by dot products of vectors from which torch's own layers win,
+# other than with ReLU. Narrow layers gain up to twice that (1024x64x64: 1.12 in evaluation, 1.2 to
+# 1.4 in training). Not so with dropout, whose mask costs torch more than the product: 1.5 to 5.3 at
+# every shape tried, 1024 cubed and 65536x128x128 among them.
+_MOST_DOTS = 128**3
 _NARROW = 64
+# With tiles the product takes so little that GELU, where torch's is the faster, and none, where
+# nothing is to be fused, decide: 4096 x 256 x 256 ran at 0.74 to 0.89 times the speed of eager,
+# 256 cubed at 1.2 to 1.9, 1024 cubed at 1.05 to 1.6. Other activations win everywhere.
+_MOST_OUTPUTS = 1 << 17
+_SHALLOW = 256
 
 
-def _torch_is_faster(input: Tensor, weight: Any) -> bool:
+def _torch_is_faster(input: Tensor, weight: Any, activation: int) -> bool:
     """Return whether torch's product and activation, without dropout, win on this CPU."""
-    if input.dtype is not torch.bfloat16:
+    if input.dtype is not torch.bfloat16 or input.device.type != "cpu":
         return False
-    most = _MOST_BFLOAT16 * (2 if max(weight.shape) <= _NARROW else 1)
-    return (
-        input.numel() * weight.shape[0] > most
-        and input.device.type == "cpu"
-        and _has_bfloat16_products()
-    )
+    out_features, in_features = weight.shape
+    if _isa() == "amx_bf16":
+        outputs = input.numel() // max(1, in_features) * out_features
+        return (
+            activation in (activations.NONE, activations.GELU)
+            and in_features <= _SHALLOW
+            and outputs > _MOST_OUTPUTS
+        )
+    most = _MOST_DOTS * (2 if max(weight.shape) <= _NARROW else 1)
+    return _isa() == "avx512_bf16" and input.numel() * out_features > most
 
 
 @functools.cache
-def _has_bfloat16_products() -> bool:
-    return backends.isa() == "avx512_bf16"
+def _isa() -> str | None:
+    return backends.isa()
 
 
 def _batch_norm_over_group(input: Any, state: NormState, negative_slope: float) -> Tensor | None:

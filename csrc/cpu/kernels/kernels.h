@@ -58,12 +58,6 @@ struct LinearAct {
   ActDropout act;
   void* output;  // [rows, out_features]
   void* seen;    // [rows, out_features], what the activation saw; may be null
-
-  // Whether bfloat16's own products serve it, where the machine has them: they know ReLU alone.
-  bool in_bfloat16() const {
-    return dtype == DType::kBFloat16 && act.activation == Activation::kReLU && !norm.active() &&
-           seen == nullptr;
-  }
 };
 
 struct LinearActBackward {
@@ -220,8 +214,10 @@ struct Kernels {
   const char* isa;
   // Whether products beyond the cache beat the library's: without FMA they do not.
   bool wide;
-  // Whether bfloat16 has products of its own, at any width (kernels/bfloat16/).
+  // Whether bfloat16 has products of its own, at any width (kernels/bfloat16/), and the most
+  // elements of a single layer's weight up to which they beat the library's.
   bool bfloat16;
+  int64_t bfloat16_weight_numel;
   void (*linear_act)(const LinearAct&);
   void (*linear_act_backward)(const LinearActBackward&);
   // Layers in a row, in float32 or float64. Each reads what the one before it puts out; forward,
@@ -261,6 +257,11 @@ extern const Kernels kKernels;
 #endif
 #if defined(FUSED_MLP_HAS_AVX512_BF16)
 namespace avx512_bf16 {
+const Kernels& kernels();
+}
+#endif
+#if defined(FUSED_MLP_HAS_AMX_BF16)
+namespace amx_bf16 {
 const Kernels& kernels();
 }
 #endif

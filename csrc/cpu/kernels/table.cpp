@@ -32,6 +32,7 @@ extern const Kernels kKernels = {
     .isa = FUSED_MLP_STRING(FUSED_MLP_ISA),
     .wide = FUSED_MLP_VECTOR_BYTES >= 32,
     .bfloat16 = false,
+    .bfloat16_weight_numel = 0,
     .linear_act = linear_act,
     .linear_act_backward = linear_act_backward,
     .mlp = mlp,

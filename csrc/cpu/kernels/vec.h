@@ -284,8 +284,8 @@ FUSED_MLP_INLINE T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
-FUSED_MLP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FUSED_MLP_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+FUSED_MLP_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FUSED_MLP_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 FUSED_MLP_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSED_MLP_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -10,22 +10,35 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 
 // Rows of a block, whole register tiles, and terms of a sum that are worked on at a time: 230 kB of
-// the left operand and 110 kB of the result are a third of an L2 cache.
+// the left operand and 110 kB of the result are a third of an L2 cache. Twice as many where tiles
+// wait for the right operand, beside caches of 2 MiB.
+#if defined(__AMX_BF16__)
+constexpr int64_t kPairRows = 256;
+#else
 constexpr int64_t kPairRows = 112;
+#endif
 constexpr int64_t kPairTerms = 1024;
 constexpr int64_t kPairStride = kPairTerms + kVectorElements;  // of a block, in elements
 constexpr int64_t kResultWidth = 256;
 constexpr int64_t kResultStride = kResultWidth + kLanes<float>;
 // Rows that a weight's gradient sums at a time.
 constexpr int64_t kPairGradRows = 256;
-// Multiply-adds worth handing to a second thread: twice as many as float32's do as long.
-constexpr int64_t kPairWork = 2 * kThreadWork;
+// Multiply-adds worth handing to a second thread, 9 us of work, and how many of them one element of
+// an operand or a result costs: with dot products twice as many as float32's do as long.
+#if defined(__AMX_BF16__)
+constexpr int64_t kPairWork = 16 * kThreadWork, kElementCost = 64;
+#else
+constexpr int64_t kPairWork = 2 * kThreadWork, kElementCost = 0;
+#endif
+FUSED_MLP_INLINE int64_t product_work(int64_t rows, int64_t terms, int64_t columns) {
+  return rows * (terms * columns + kElementCost * (terms + columns));
+}
 
 // The blocks of rows of a product: they depend on the rows alone, so that statistics of blocks do.
 // An even number of them, which two threads share evenly.
 FUSED_MLP_INLINE Parts pair_row_parts(int64_t rows) {
   const int64_t count = ceil_div(rows, kPairRows);
-  return Parts(rows, count > 1 ? ceil_div(rows, round_up(count, 2)) : kPairRows, 1);
+  return Parts(rows, count > 1 ? ceil_div(rows, round_up(count, 2)) : kPairRows, kRowGroup);
 }
 
 // A `load` of blocks of rows in memory; zeros behind the last column up to a whole vector.
@@ -96,7 +109,7 @@ class PairPanels {
   }
 
   void pack_all(Pair* room) {
-    const int64_t pairs = pairs_of(terms_);
+    const int64_t pairs = padded_pairs(terms_);
     const int64_t work = larger(1, pairs * kPairPanel * kPassCost / 8);
     parallel_for(ceil_div(columns_, kPairPanel), larger(1, kThreadWork / work),
                  [&](int64_t begin, int64_t end) {
@@ -109,7 +122,7 @@ class PairPanels {
 
   // Terms first … first + terms - 1 of a panel; `room` holds them if they must be packed.
   const Pair* get(int64_t panel, int64_t first, int64_t terms, Pair* room) const {
-    if (packed_) return packed_ + (panel * pairs_of(terms_) + first / 2) * kPairPanel;
+    if (packed_) return packed_ + (panel * padded_pairs(terms_) + first / 2) * kPairPanel;
     pack_one(panel, first, terms, room);
     return room;
   }
@@ -139,20 +152,22 @@ void blocked_product(int64_t rows, const PairPanels& b, const float* bias, const
   if (rows == 0 || columns == 0) return;
   const Parts row_parts = pair_row_parts(rows);
   const Parts term_parts(b.terms(), kPairTerms, kVectorElements);
-  const int64_t work = row_parts.size * larger(1, b.terms());
   int64_t width = kResultWidth;
-  const int64_t threads = rows * b.terms() * columns > kPairWork ? thread_count() : 1;
+  const int64_t threads = product_work(rows, b.terms(), columns) > kPairWork ? thread_count() : 1;
   // Narrower blocks where there are too few to keep all threads busy.
   while (width > kPairPanel && row_parts.count * ceil_div(columns, width) < 2 * threads) width /= 2;
   const Parts column_parts(columns, width, kPairPanel);
-  const int64_t grain = larger(1, kPairWork / (work * column_parts.size));
+  const int64_t work = product_work(row_parts.size, larger(1, b.terms()), column_parts.size);
+  const int64_t grain = larger(1, kPairWork / work);
   parallel_for(row_parts.count * column_parts.count, grain, [&](int64_t begin, int64_t end) {
-    Arena own(Scratch::kTask, Arena::bytes<BFloat16>(row_parts.size * kPairStride) +
-                                  Arena::bytes<float>(row_parts.size * kResultStride) +
+    const int64_t most_rows = round_up(row_parts.size, kRowGroup);
+    Arena own(Scratch::kTask, Arena::bytes<BFloat16>(most_rows * kPairStride) +
+                                  Arena::bytes<float>(most_rows * kResultStride) +
                                   Arena::bytes<Pair>(kPairTerms / 2 * kPairPanel));
-    BFloat16* left = own.take<BFloat16>(row_parts.size * kPairStride);
-    float* result = own.take<float>(row_parts.size * kResultStride);
+    BFloat16* left = own.take<BFloat16>(most_rows * kPairStride);
+    float* result = own.take<float>(most_rows * kResultStride);
     Pair* room = own.take<Pair>(kPairTerms / 2 * kPairPanel);
+    const TileConfiguration tiles;
     int64_t loaded = -1;  // the row part that `left` holds
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row_part = task / column_parts.count, column_part = task % column_parts.count;
@@ -169,8 +184,8 @@ void blocked_product(int64_t rows, const PairPanels& b, const float* bias, const
         }
         for (int64_t c = 0; c < wide; c += kPairPanel) {
           const Pair* panel = b.get((first + c) / kPairPanel, k, terms, room);
-          multiply_pairs(height, smaller(kPairPanel, wide - c), pairs_of(terms),
-                         rows_left(left, kPairStride), packed_pairs(panel, pairs_of(terms)),
+          multiply_pairs(height, smaller(kPairPanel, wide - c), padded_pairs(terms),
+                         rows_left(left, kPairStride), packed_pairs(panel, padded_pairs(terms)),
                          result + c, kResultStride, start, bias ? bias + first + c : nullptr);
         }
       }
@@ -203,7 +218,7 @@ void blocked_pair_grad(int64_t rows, int64_t in, int64_t out, float scale,
                        void* grad_bias) {
   if ((grad_weight == nullptr && grad_bias == nullptr) || out == 0) return;
   const int64_t width = grad_weight ? in : 0;
-  const int64_t threads = rows * larger(1, width) * out > kPairWork ? thread_count() : 1;
+  const int64_t threads = product_work(rows, width, out) > kPairWork ? thread_count() : 1;
   int64_t out_most = kResultWidth, in_most = kResultWidth;
   const auto tasks_of = [&] {
     return ceil_div(out, out_most) * larger(1, ceil_div(width, in_most));
@@ -218,21 +233,26 @@ void blocked_pair_grad(int64_t rows, int64_t in, int64_t out, float scale,
       break;
     }
   }
-  const Parts out_parts(out, out_most, 2), in_parts(width, in_most, kLanes<float>);
+  const Parts out_parts(out, out_most, larger(2, kRowGroup)),
+      in_parts(width, in_most, kLanes<float>);
   const int64_t in_count = larger(1, in_parts.count);
-  const int64_t work = larger(1, rows * out_parts.size * larger(1, width / in_count));
+  const int64_t work = larger(1, product_work(rows, larger(1, width / in_count), out_parts.size));
   constexpr int64_t kPairs = kPairGradRows / 2;
   parallel_for(out_parts.count * in_count, larger(1, kPairWork / work),
                [&](int64_t begin, int64_t end) {
+                 constexpr int64_t kStride = transposed_stride(kPairs);
                  Arena own(Scratch::kTask, Arena::bytes<float>(out_parts.size * kResultStride) +
                                                2 * Arena::bytes<Pair>(kPairs * kResultStride) +
+                                               Arena::bytes<BFloat16>(out_parts.size * kStride) +
                                                Arena::bytes<float>(kResultStride) +
                                                Arena::bytes<double>(kResultStride));
                  float* sums = own.take<float>(out_parts.size * kResultStride);
                  Pair* grad = own.take<Pair>(kPairs * kResultStride);
                  Pair* input = own.take<Pair>(kPairs * kResultStride);
+                 BFloat16* transposed = own.take<BFloat16>(out_parts.size * kStride);
                  float* block_bias = own.take<float>(kResultStride);
                  double* bias = own.take<double>(kResultStride);
+                 const TileConfiguration tiles;
                  for (int64_t task = begin; task < end; ++task) {
                    const int64_t o = out_parts.begin(task / in_count);
                    const int64_t outs = out_parts.length(task / in_count);
@@ -251,7 +271,11 @@ void blocked_pair_grad(int64_t rows, int64_t in, int64_t out, float scale,
                      }
                      if (ins == 0) continue;
                      load_input(row, height, i, ins, input, kResultStride);
-                     multiply_pairs(outs, ins, pairs_of(height), columns_left(grad, kResultStride),
+                     clear_padding(height, kResultWidth, kResultStride, grad);
+                     clear_padding(height, kResultWidth, kResultStride, input);
+                     const int64_t pairs = padded_pairs(height);
+                     multiply_pairs(outs, ins, pairs,
+                                    transposed_left(grad, kResultStride, pairs, outs, transposed),
                                     plain_pairs(input, kResultStride), sums, kResultStride,
                                     row == 0 ? Start::kZero : Start::kAccumulate);
                    }

@@ -2,6 +2,11 @@
 
 #include "cpu/kernels/dropout.h"
 #include "cpu/kernels/transpose.h"
+#if defined(__AMX_BF16__)
+#include "cpu/kernels/bfloat16/tiles.h"
+#else
+#include "cpu/kernels/bfloat16/dots.h"
+#endif
 
 namespace fused_mlp::avx512 {
 
@@ -17,6 +22,43 @@ void draw_mask(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t 
                int64_t columns, uint8_t* mask) {
   avx512::draw_mask(dropout, first_row, rows, first_column, columns, mask);
 }
+
+#if defined(__AMX_BF16__)
+
+void multiply_pairs(int64_t rows, int64_t columns, int64_t pairs, PairLeft a, PairRight b, float* c,
+                    int64_t c_stride, Start start, const float* bias) {
+  for (int64_t column = 0; column < columns; column += kPairPanel) {
+    const bool wide = columns - column > kLanes<float>;
+    const Pair* panel = b.data + (column / kPairPanel) * b.panel;
+    for (int64_t row = 0; row < rows; row += kProductRows) {
+      const BFloat16* data = a.data + row * a.row;
+      const TileRows left[] = {{data, a.row}, {data + kRowGroup * a.row, a.row}};
+      multiply_tiles(rows - row > kRowGroup, wide, pairs / kPairGroup, left, panel, b.stride,
+                     c + row * c_stride + column, c_stride, start, bias + column);
+    }
+  }
+}
+
+PairLeft transposed_left(const Pair* columns, int64_t stride, int64_t pairs, int64_t rows,
+                         BFloat16* room) {
+  constexpr int kWidth = kLanes<float>;
+  const int64_t room_stride = transposed_stride(pairs);
+  for (int64_t row = 0; row < rows; row += kWidth) {
+    for (int64_t k = 0; k < pairs; k += kWidth) {
+      Vec<float> square[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        std::memcpy(&square[i], columns + (k + i) * stride + row, sizeof(square[i]));
+      }
+      transpose<float>(square);
+      for (int i = 0; i < kWidth; ++i) {
+        std::memcpy(room + (row + i) * room_stride + 2 * k, &square[i], sizeof(square[i]));
+      }
+    }
+  }
+  return rows_left(room, room_stride);
+}
+
+#else
 
 namespace {
 
@@ -61,10 +103,16 @@ void multiply_pairs(int64_t rows, int64_t columns, int64_t pairs, PairLeft a, Pa
   }
 }
 
+PairLeft transposed_left(const Pair* columns, int64_t stride, int64_t, int64_t, BFloat16*) {
+  return {reinterpret_cast<const BFloat16*>(columns), 2, 2 * stride};
+}
+
+#endif
+
 void pack_pairs_transposed(const BFloat16* weight, int64_t stride, int64_t terms, int64_t columns,
                            Pair* out) {
   constexpr int kWidth = kLanes<float>;
-  const int64_t pairs = pairs_of(terms);
+  const int64_t pairs = padded_pairs(terms);
   for (int64_t first = 0; first < round_up(columns, kPairPanel); first += kWidth) {
     Pair* panel = out + first / kPairPanel * kPairPanel * pairs + first % kPairPanel;
     for (int64_t k = 0; k < terms; k += kVectorElements) {
@@ -84,13 +132,20 @@ void pack_pairs_transposed(const BFloat16* weight, int64_t stride, int64_t terms
 }
 
 void pack_pairs(const BFloat16* matrix, int64_t stride, int64_t terms, int64_t columns, Pair* out) {
-  const int64_t pairs = pairs_of(terms);
+  const int64_t pairs = padded_pairs(terms);
   for (int64_t first = 0; first < columns; first += kPairPanel, out += pairs * kPairPanel) {
     const int64_t width = smaller(kPairPanel, columns - first);
     interleave_rows(matrix + first, stride, terms, width, out, kPairPanel);
+    clear_padding(terms, kPairPanel, kPairPanel, out);
     for (int64_t k = 0; width <= kLanes<float> && k < pairs; ++k) {
       std::memset(out + k * kPairPanel + kLanes<float>, 0, kLanes<float> * sizeof(Pair));
     }
+  }
+}
+
+void clear_padding(int64_t terms, int64_t columns, int64_t stride, Pair* block) {
+  for (int64_t k = pairs_of(terms); k < padded_pairs(terms); ++k) {
+    std::memset(block + k * stride, 0, static_cast<size_t>(columns) * sizeof(Pair));
   }
 }
 

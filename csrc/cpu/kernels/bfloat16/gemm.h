@@ -1,8 +1,8 @@
-// Products of bfloat16 matrices by dot products of pairs, summed in float32 (AVX-512 BF16).
+// Products of bfloat16 matrices, summed in float32, by dot products of pairs: of vectors with
+// AVX-512 BF16 (dots.h), of whole tiles with AMX (tiles.h).
 //
-// One lane of vdpbf16ps multiplies two neighbouring terms of a sum, a pair, and adds both products.
-// The left operand is read a pair at a time and broadcast, so a matrix whose terms lie side by side
-// serves in place; the right operand holds the pairs of 32 columns side by side.
+// A pair is two neighbouring terms of a sum. A left operand whose terms lie side by side serves in
+// place; the right operand holds the pairs of 32 columns side by side.
 #pragma once
 
 #include "cpu/kernels/gemm.h"
@@ -13,12 +13,49 @@ namespace fused_mlp::FUSED_MLP_ISA {
 // Two bfloat16 numbers, the first in the low half.
 using Pair = uint32_t;
 
+#if defined(__AMX_BF16__)
+// A tile takes 16 pairs at a time and puts out 16 rows; two by two of them make a block.
+constexpr int64_t kPairGroup = 16, kRowGroup = 16, kProductRows = 32;
+#else
+constexpr int64_t kPairGroup = 1, kRowGroup = 1, kProductRows = kTileRows;
+#endif
+
+#if defined(__AMX_BF16__)
+// Configures a thread's tiles for as long as it lives. Both together take 0.14 us.
+class TileConfiguration {
+ public:
+  TileConfiguration() {
+    alignas(64) static const Layout layout;
+    _tile_loadconfig(&layout);
+  }
+  TileConfiguration(const TileConfiguration&) = delete;
+  TileConfiguration& operator=(const TileConfiguration&) = delete;
+  ~TileConfiguration() { _tile_release(); }
+
+ private:
+  // As the processor reads it: all eight registers are 16 rows of 64 bytes.
+  struct Layout {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+};
+#else
+struct TileConfiguration {
+  TileConfiguration() {}
+};
+#endif
+
 // Columns of a packed panel, as in float32.
 constexpr int64_t kPairPanel = kPanel<float>;
 // Elements of a vector of pairs.
 constexpr int64_t kVectorElements = 2 * kLanes<float>;
 
 FUSED_MLP_INLINE int64_t pairs_of(int64_t terms) { return ceil_div(terms, 2); }
+// What a product takes of both operands: zeros stand behind the last pair.
+FUSED_MLP_INLINE int64_t padded_pairs(int64_t terms) {
+  return round_up(pairs_of(terms), kPairGroup);
+}
 
 // The left operand: the pair k of row i is at data[i * row + k * column], in elements.
 struct PairLeft {
@@ -36,10 +73,6 @@ struct PairRight {
 FUSED_MLP_INLINE PairLeft rows_left(const BFloat16* data, int64_t stride) {
   return {data, stride, 2};
 }
-// Pairs of neighbouring rows, transposed: the terms are the rows.
-FUSED_MLP_INLINE PairLeft columns_left(const Pair* data, int64_t stride) {
-  return {reinterpret_cast<const BFloat16*>(data), 2, 2 * stride};
-}
 FUSED_MLP_INLINE PairRight packed_pairs(const Pair* data, int64_t pairs) {
   return {data, kPairPanel, pairs * kPairPanel};
 }
@@ -47,7 +80,7 @@ FUSED_MLP_INLINE PairRight plain_pairs(const Pair* data, int64_t stride) {
   return {data, stride, kPairPanel};
 }
 FUSED_MLP_INLINE int64_t packed_pairs_numel(int64_t terms, int64_t columns) {
-  return pairs_of(terms) * round_up(columns, kPairPanel);
+  return padded_pairs(terms) * round_up(columns, kPairPanel);
 }
 
 FUSED_MLP_INLINE __mmask32 first_elements(int64_t count) {
@@ -89,63 +122,18 @@ FUSED_MLP_INLINE __m512i make_pairs(Vec<float> first, Vec<float> second) {
   return make_pairs(round_all(first), round_all(second));
 }
 
-FUSED_MLP_INLINE Vec<float> add_products(Vec<float> sum, __m512i left, __m512i right) {
-  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
-}
-
-// Sums of kRows x kVectors vectors over `pairs` pairs; `ends` gives what they start from and takes
-// what they come to.
-template <int kRows, int kVectors, class Ends>
-inline void pair_tile(int64_t pairs, PairLeft a, const Pair* b, int64_t b_stride,
-                      const Ends& ends) {
-  Vec<float> sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = ends.start(i, j);
-  }
-  // As in gemm.h: a pointer for every three rows.
-  constexpr int kPointers = (kRows + 2) / 3;
-  const BFloat16* a_k[kPointers];
-  for (int i = 0; i < kPointers; ++i) a_k[i] = a.data + 3 * i * a.row;
-  for (int64_t k = 0; k < pairs; ++k, b += b_stride) {
-    __m512i right[kVectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(b + j * kLanes<float>);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      int32_t pair;
-      std::memcpy(&pair, a_k[i / 3] + i % 3 * a.row, sizeof(pair));
-      const __m512i left = _mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = add_products(sum[i][j], left, right[j]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kPointers; ++i) {
-      a_k[i] += a.column;
-      keep_walking(a_k[i]);
-    }
-  }
-  ends.template finish<kRows, kVectors>(sum);
-}
-
-template <int kRows, class Ends>
-FUSED_MLP_INLINE void pair_tile_of(int rows, int vectors, int64_t pairs, PairLeft a, const Pair* b,
-                                   int64_t b_stride, const Ends& ends) {
-  if (rows == kRows) {
-    if (vectors == 1) {
-      pair_tile<kRows, 1>(pairs, a, b, b_stride, ends);
-    } else {
-      pair_tile<kRows, 2>(pairs, a, b, b_stride, ends);
-    }
-  } else if constexpr (kRows > 1) {
-    pair_tile_of<kRows - 1>(rows, vectors, pairs, a, b, b_stride, ends);
-  }
-}
-
-// c[rows, columns] = start + a[rows, 2 pairs] @ b, in float32; writes whole vectors.
+// c[rows, columns] = start + a[rows, 2 pairs] @ b, in float32, with a whole number of groups of
+// pairs; reads and writes whole groups of rows, writes whole vectors.
 void multiply_pairs(int64_t rows, int64_t columns, int64_t pairs, PairLeft a, PairRight b, float* c,
                     int64_t c_stride, Start start, const float* bias = nullptr);
+
+// The transpose of columns[pairs, rows], the pairs of the rows of a matrix, as a left operand.
+// `room` is where tiles find it: whole groups of rows, `transposed_stride` elements each.
+FUSED_MLP_INLINE constexpr int64_t transposed_stride(int64_t pairs) {
+  return 2 * pairs + kVectorElements;
+}
+PairLeft transposed_left(const Pair* columns, int64_t stride, int64_t pairs, int64_t rows,
+                         BFloat16* room);
 
 // Packs the transpose of weight[columns, terms]: the right operand of input @ weight.T.
 void pack_pairs_transposed(const BFloat16* weight, int64_t stride, int64_t terms, int64_t columns,
@@ -157,5 +145,8 @@ void pack_pairs(const BFloat16* matrix, int64_t stride, int64_t terms, int64_t c
 // and up to whole vectors of columns.
 void interleave_rows(const BFloat16* matrix, int64_t leading, int64_t rows, int64_t columns,
                      Pair* to, int64_t stride);
+
+// Zeros behind the last pair of so many terms, up to what a product takes.
+void clear_padding(int64_t terms, int64_t columns, int64_t stride, Pair* block);
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

@@ -4,19 +4,32 @@
 
 #include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/bfloat16/blocked.h"
+#include "cpu/kernels/bfloat16/left_weight.h"
 #include "cpu/kernels/transpose.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
+#if defined(__AMX_BF16__)
+// Panels a weight is multiplied by at a time, and panels' elements a feature: as many as fit a
+// quarter of an L2 cache of 2 MiB.
+constexpr int64_t kMostPanels = 8, kMostNumel = 8192;
+// Multiply-adds of a call from which threads share the features of each layer.
+constexpr int64_t kFeatureWork = 8 * kPairWork;
+// Reading a weight beyond the caches takes as long as multiplying this many rows by it.
+constexpr int64_t kReadRows = 64;
+#else
 // Panels a weight is multiplied by while its rows lie in the L1 cache.
-constexpr int64_t kMostPanels = 4;
+constexpr int64_t kMostPanels = 4, kMostNumel = 4096;
+constexpr int64_t kFeatureWork = 16 * kPairWork;
+constexpr int64_t kReadRows = 0;
+#endif
+// Weights of more elements are read from beyond the L2 cache at every call.
+constexpr int64_t kCachedWeights = int64_t{1} << 20;
 
-// Weights with whole pairs in each row, and biases in float32.
 struct Layers {
-  const BFloat16* weights[kMaxLayers];
-  int64_t strides[kMaxLayers];
-  const float* biases[kMaxLayers];
+  LeftWeight weights[kMaxLayers];
+  const float* biases[kMaxLayers];  // in float32, zeros behind them up to a whole panel
 };
 
 // What stands behind layer l's product.
@@ -44,6 +57,10 @@ struct PanelEnds {
   Vec<float> slope;
   Pair* to;
 
+  // The same from row i on, which is even.
+  FUSED_MLP_INLINE PanelEnds below(int i) const {
+    return {bias + i, what, affine, feature + i, slope, to + i / 2 * kPairPanel};
+  }
   FUSED_MLP_INLINE Vec<float> start(int i, int) const { return splat(bias[i]); }
   template <int kRows, int kVectors>
   FUSED_MLP_INLINE void finish(const Vec<float> (&sum)[kRows][kVectors]) const {
@@ -72,7 +89,7 @@ void read_panel(const BFloat16* rows, int64_t stride, int64_t count, int64_t col
                         : Vec<float>{};
       }
       transpose<float>(square);
-      const int64_t pairs = smaller(kLanes<float>, pairs_of(columns - c));
+      const int64_t pairs = smaller(kLanes<float>, padded_pairs(columns - c));
       for (int64_t i = 0; i < pairs; ++i) {
         std::memcpy(panel + (c / 2 + i) * kPairPanel + row, &square[i], sizeof(square[i]));
       }
@@ -114,32 +131,20 @@ void drop_panel(const Dropout& dropout, int64_t first, int64_t count, int64_t fe
   }
 }
 
-// Features [begin, end) of layer l, begin even, for so many panels of up to 32 rows.
+// Features [begin, end) of layer l, `begin` a multiple of kProductRows, for so many panels of up to
+// 32 rows.
 void multiply_panels(const ResearchNet& op, const Layers& layers, const Affine<float>& affine,
                      int l, int64_t begin, int64_t end, int64_t rows, const Pair* before,
                      Pair* behind, int64_t panel_stride) {
-  const int64_t in_pairs = pairs_of(op.widths[l]);
   const Vec<float> slope = splat(static_cast<float>(op.negative_slope));
-  // Tiles of nearly the same height, whole pairs of features.
-  const int64_t couples = ceil_div(end - begin, 2), tiles = ceil_div(couples, kTileRows / 2);
-  int64_t feature = begin;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t height = smaller(2 * (couples / tiles + (t < couples % tiles)), end - feature);
-    const BFloat16* weight = layers.weights[l] + feature * layers.strides[l];
+  layers.weights[l].for_blocks(begin, end, [&](int64_t feature, const auto& block) {
     for (int64_t row = 0; row < rows; row += kPairPanel) {
       const int64_t panel = row / kPairPanel * panel_stride;
-      const PanelEnds ends = {layers.biases[l] + feature,
-                              after(op, l),
-                              affine,
-                              feature,
-                              slope,
-                              behind + panel + feature / 2 * kPairPanel};
-      pair_tile_of<kTileRows>(static_cast<int>(height), rows - row > kLanes<float> ? 2 : 1,
-                              in_pairs, rows_left(weight, layers.strides[l]), before + panel,
-                              kPairPanel, ends);
+      block.multiply(rows - row > kLanes<float> ? 2 : 1, before + panel,
+                     PanelEnds{layers.biases[l] + feature, after(op, l), affine, feature, slope,
+                               behind + panel + feature / 2 * kPairPanel});
     }
-    feature += height;
-  }
+  });
 }
 
 struct Blocks {
@@ -148,11 +153,11 @@ struct Blocks {
   int64_t panel_stride;
 
   static size_t bytes(int64_t widest, int64_t panels) {
-    return 2 * Arena::bytes<Pair>(panels * pairs_of(widest) * kPairPanel) +
+    return 2 * Arena::bytes<Pair>(panels * padded_pairs(widest) * kPairPanel) +
            Arena::bytes<uint8_t>(kPairPanel * mask_bytes(widest) + 64);
   }
   Blocks(int64_t widest, int64_t panels, Arena& arena)
-      : panel_stride(pairs_of(widest) * kPairPanel) {
+      : panel_stride(padded_pairs(widest) * kPairPanel) {
     for (Pair*& block : blocks) block = arena.take<Pair>(panels * panel_stride);
     mask = arena.take<uint8_t>(kPairPanel * mask_bytes(widest) + 64);
   }
@@ -174,7 +179,7 @@ void walk(const ResearchNet& op, const Layers& layers, const Affine<float>& affi
   });
   for (int l = 0; l < op.layers; ++l) {
     const int64_t out = op.widths[l + 1];
-    run(out, op.widths[l] * rows, [&](int64_t begin, int64_t end) {
+    run(out, op.widths[l] * larger(rows, kReadRows), [&](int64_t begin, int64_t end) {
       multiply_panels(op, layers, affine, l, begin, end, rows, before, behind, memory.panel_stride);
     });
     if (l < op.layers - 2 && op.dropout[l].active()) {
@@ -195,18 +200,21 @@ void walk(const ResearchNet& op, const Layers& layers, const Affine<float>& affi
 
 void research_net_bfloat16_evaluate(const ResearchNet& op) {
   const int64_t channels = op.widths[op.layers - 1], room = round_up(channels, kPairPanel);
-  int64_t widest = op.widths[0], work = 0, odd = 0, biases = 0;
+  int64_t widest = op.widths[0], weights = 0, work = 0, edges = 0, biases = 0;
   for (int l = 0; l < op.layers; ++l) {
     const int64_t in = op.widths[l], out = op.widths[l + 1];
     widest = larger(widest, out);
-    work += in * out;
-    odd += in % 2 ? (in + 1) * out : 0;
-    biases += round_up(out, kLanes<float>);
+    weights += in * out;
+    work += product_work(1, in, out);
+    edges += LeftWeight::edge_numel(in, out);
+    biases += round_up(out, kPairPanel);
   }
   const int64_t panels = ceil_div(op.rows, kPairPanel);
   // Few panels of much work share out the features of each layer, many panels themselves.
-  const bool by_features = op.rows <= kPairPanel * kMostPanels && op.rows * work > 16 * kPairWork;
-  Arena arena(Scratch::kCall, 5 * Arena::bytes<float>(room) + Arena::bytes<BFloat16>(odd) +
+  const int64_t least = weights > kCachedWeights ? kReadRows : 0;
+  const bool by_features =
+      op.rows <= kPairPanel * kMostPanels && larger(op.rows, least) * work > kFeatureWork;
+  Arena arena(Scratch::kCall, 5 * Arena::bytes<float>(room) + Arena::bytes<BFloat16>(edges) +
                                   Arena::bytes<float>(biases) +
                                   (by_features ? Blocks::bytes(widest, panels) : 0));
   float* mean = arena.take<float>(room);
@@ -220,34 +228,27 @@ void research_net_bfloat16_evaluate(const ResearchNet& op) {
     std::memcpy(static_cast<float*>(op.saved) + channels, rstd,
                 static_cast<size_t>(channels) * sizeof(float));
   }
-  BFloat16* evened = arena.take<BFloat16>(odd);
+  BFloat16* edge = arena.take<BFloat16>(edges);
   float* widened = arena.take<float>(biases);
   Layers layers;
   for (int l = 0; l < op.layers; ++l) {
     const int64_t in = op.widths[l], out = op.widths[l + 1];
-    layers.weights[l] = static_cast<const BFloat16*>(op.weights[l]);
-    layers.strides[l] = in;
-    if (in % 2) {  // a zero completes the last pair of a row
-      layers.weights[l] = evened;
-      layers.strides[l] = in + 1;
-      const BFloat16* from = static_cast<const BFloat16*>(op.weights[l]);
-      for (int64_t row = 0; row < out; ++row, evened += in + 1, from += in) {
-        std::memcpy(evened, from, static_cast<size_t>(in) * sizeof(BFloat16));
-        evened[in] = {0};
-      }
-    }
+    layers.weights[l] = LeftWeight(static_cast<const BFloat16*>(op.weights[l]), in, out, edge);
+    edge += LeftWeight::edge_numel(in, out);
     layers.biases[l] = widened;
-    copy_in(static_cast<const BFloat16*>(op.biases[l]), out, 1, out, widened, out);
-    widened += round_up(out, kLanes<float>);
+    copy_channels<float>({const_cast<void*>(op.biases[l]), op.dtype}, out,
+                         round_up(out, kPairPanel), 0.0f, widened);
+    widened += round_up(out, kPairPanel);
   }
   if (by_features) {
     Blocks memory(widest, panels, arena);
     walk(op, layers, affine, 0, op.rows, memory,
          [&](int64_t features, int64_t cost, const auto& body) {
-           const int64_t tiles = ceil_div(features, kTileRows);
-           const int64_t grain = larger(1, kPairWork / larger(1, cost * kTileRows));
-           parallel_for(tiles, grain, [&](int64_t begin, int64_t end) {
-             body(begin * kTileRows, smaller(features, end * kTileRows));
+           const int64_t blocks = ceil_div(features, kProductRows);
+           const int64_t grain = larger(1, kPairWork / larger(1, cost * kProductRows));
+           parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
+             const TileConfiguration tiles;
+             body(begin * kProductRows, smaller(features, end * kProductRows));
            });
          });
     return;
@@ -255,10 +256,11 @@ void research_net_bfloat16_evaluate(const ResearchNet& op) {
   // Threads share whole vectors of rows, as in float32.
   const int64_t vectors = ceil_div(op.rows, kLanes<float>);
   const int64_t grain = ceil_div(kPairWork, larger(1, work * kLanes<float>));
-  const int64_t block_rows = kPairPanel * larger(1, smaller(kMostPanels, 4096 / widest));
+  const int64_t block_rows = kPairPanel * larger(1, smaller(kMostPanels, kMostNumel / widest));
   parallel_for(vectors, vectors < 2 * grain ? vectors : grain, [&](int64_t begin, int64_t end) {
     Arena own(Scratch::kTask, Blocks::bytes(widest, block_rows / kPairPanel));
     Blocks memory(widest, block_rows / kPairPanel, own);
+    const TileConfiguration tiles;
     const int64_t last = smaller(op.rows, end * kLanes<float>);
     for (int64_t first = begin * kLanes<float>; first < last; first += block_rows) {
       walk(op, layers, affine, first, smaller(block_rows, last - first), memory,

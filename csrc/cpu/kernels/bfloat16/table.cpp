@@ -1,11 +1,16 @@
 // The table of the AVX-512 kernels with bfloat16's own in it.
 
+#include <limits>
+
 #include "cpu/kernels/kernels.h"
+
+#define FUSED_MLP_STRING_(name) #name
+#define FUSED_MLP_STRING(name) FUSED_MLP_STRING_(name)
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
-void linear_relu_bfloat16(const LinearAct&);
-void linear_relu_bfloat16_backward(const LinearActBackward&);
+void linear_act_bfloat16(const LinearAct&);
+void linear_act_bfloat16_backward(const LinearActBackward&);
 int64_t research_net_bfloat16_saved_numel(const ResearchNet&);
 void research_net_bfloat16(const ResearchNet&);
 void research_net_bfloat16_backward(const ResearchNetBackward&);
@@ -20,15 +25,19 @@ auto choose(const Op& op, DType dtype) {
 
 Kernels make_kernels() {
   Kernels kernels = avx512::kKernels;
-  kernels.isa = "avx512_bf16";
+  kernels.isa = FUSED_MLP_STRING(FUSED_MLP_ISA);
   kernels.bfloat16 = true;
-  // The other activations keep to AVX-512's, and beyond the cache to the library's product.
+#if defined(__AMX_BF16__)
+  // 1024 x 1024 at 1024 rows: 1.1 to 1.6 times the library's speed; 2048 x 2048 at 2048: 0.9.
+  kernels.bfloat16_weight_numel = int64_t{1} << 20;
+#else
+  kernels.bfloat16_weight_numel = std::numeric_limits<int64_t>::max();
+#endif
   kernels.linear_act = [](const LinearAct& op) {
-    op.in_bfloat16() ? linear_relu_bfloat16(op) : avx512::kKernels.linear_act(op);
+    choose<linear_act_bfloat16, &Kernels::linear_act>(op, op.dtype);
   };
   kernels.linear_act_backward = [](const LinearActBackward& op) {
-    op.forward.in_bfloat16() ? linear_relu_bfloat16_backward(op)
-                             : avx512::kKernels.linear_act_backward(op);
+    choose<linear_act_bfloat16_backward, &Kernels::linear_act_backward>(op, op.forward.dtype);
   };
   kernels.research_net_saved_numel = [](const ResearchNet& op) {
     return choose<research_net_bfloat16_saved_numel, &Kernels::research_net_saved_numel>(op,

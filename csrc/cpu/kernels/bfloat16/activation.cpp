@@ -1,0 +1,2 @@
+// The activations' passes, for these instruction sets as well.
+#include "cpu/kernels/activation.cpp"
