@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .activations import GELU
 from .reference import accumulate_dtype
 
 # Up to this width a block of rows and its activations stay in a core's cache: 256 columns keep 64
 # rows of three layers under 200 kB. With a wider layer the CPU kernels run layer by layer.
 CPU_CACHE_WIDTH = 256
 CPU_MAX_LAYERS = 32  # csrc/cpu/kernels/kernels.h: kMaxLayers
+_CHAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# Elements of a bfloat16 weight up to which our products win, and the activation that torch's may
+# compute faster than ours: modules/attempt.py.
+_MOST_BFLOAT16 = 1 << 20
 _WIDE_DTYPES = (torch.float32, torch.float64)  # and bfloat16 where it has products of its own
 # Below this many input columns the first layer is computed again in backward: its mask is stored,
 # one bit an element, in place of its output.
@@ -42,18 +47,27 @@ def fits(input: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def may_fit_mlp(input: Tensor) -> bool:
-    """Return whether a chain of Linear layers may run in one op.
+    """Return whether a chain of Linear layers may run in one op."""
+    return input.dtype in _CHAIN_DTYPES and input.is_cpu
 
-    Half precision is left to the ops of single layers, which know where torch's products win.
+
+def fits_mlp(input: Tensor, weights: Sequence[Tensor], numbers: Sequence[int]) -> bool:
+    """Return whether the active backend runs a chain of Linear layers in one op.
+
+    Args:
+        input: what the first takes.
+        weights: of the layers.
+        numbers: their activations'.
     """
-    return input.dtype in _WIDE_DTYPES and input.is_cpu
-
-
-def fits_mlp(input: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Return whether the active backend runs a chain of Linear layers of these widths in one op."""
-    return (
-        may_fit_mlp(input) and backends.active_backend("cpu") == "native" and fits(input, weights)
-    )
+    if not may_fit_mlp(input) or backends.active_backend("cpu") != "native":
+        return False
+    if input.dtype == torch.bfloat16 and (
+        not _has_pairs(input)
+        or GELU in numbers
+        or max(weight.numel() for weight in weights) > _MOST_BFLOAT16
+    ):
+        return False  # ops of single layers know where torch's products win
+    return fits(input, weights)
 
 
 @functools.cache

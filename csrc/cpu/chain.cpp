@@ -108,14 +108,15 @@ void Chain::set_seed(const int64_t* seed) {
   for (NormStep& norm : norms) norm.dropout.seed = seed;
 }
 
-// Calls visit(pointer, numel) for all that is kept: the statistics of the batch norms first; then
-// of each layer what its activation saw, where the derivative comes from that, what its batch norm
-// saw, and the output, but for the last.
+// Calls visit(pointer, numel) for all that is kept: the statistics of the batch norms first, which
+// are float32 beside bfloat16; then of each layer what its activation saw, where the derivative
+// comes from that, what its batch norm saw, and the output, but for the last.
 template <class Visit>
 void Chain::for_saved(const Visit& visit) {
+  const int64_t elements = dtype == ScalarType::BFloat16 ? 2 : 1;
   for (NormStep& norm : norms) {
-    visit(norm.op.mean, norm.op.channels);
-    visit(norm.op.rstd, norm.op.channels);
+    visit(norm.op.mean, norm.op.channels * elements);
+    visit(norm.op.rstd, norm.op.channels * elements);
   }
   size_t next_norm = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -156,8 +157,10 @@ Chain describe(const Mlp& mlp, const Tensor& input, const int64_t* seed, bool ev
   STD_TORCH_CHECK(input.is_cpu() && input.dim() >= 1 && (mlp.norms.empty() || input.dim() == 2),
                   "fused_mlp: mlp: expected a CPU input, of two dimensions before a batch norm");
   const DType dtype = dtype_of(input);
-  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64,
-                  "fused_mlp: mlp: input must be float32 or float64");
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64 ||
+                      (dtype == DType::kBFloat16 && kernels().bfloat16),
+                  "fused_mlp: mlp: input must be float32 or float64, or bfloat16 where the "
+                  "processor multiplies it");
   Chain chain;
   chain.dtype = input.scalar_type();
   describe_layers(mlp, input, seed, chain);

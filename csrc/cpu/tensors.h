@@ -92,7 +92,8 @@ void draw_seed(int64_t* seed);
 
 // `numel` elements of float32 or float64 and a seed behind them, at a multiple of 8 bytes.
 inline int64_t with_seed(int64_t numel, ScalarType dtype) {
-  return dtype == ScalarType::Double ? numel + 2 : (numel + 1) / 2 * 2 + 4;
+  const int64_t word = 8 / size_of(dtype);
+  return (numel + word - 1) / word * word + 2 * word;
 }
 
 // A dropout layer from an op's arguments.

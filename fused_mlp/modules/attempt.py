@@ -326,7 +326,7 @@ def mlp(fit: Fit, input: Any, layers: Layers) -> Tensor | None:
         return None
     backend, in_one_op = variant.fits
     if backend != backends._chosen:
-        in_one_op = on_chip.fits_mlp(input, layers.weights)
+        in_one_op = on_chip.fits_mlp(input, layers.weights, layers.activations)
         variant.fits = (backends._chosen, in_one_op)
     # A mode wants to see the ops of each layer.
     if not in_one_op or torch._C._len_torch_dispatch_stack() > 0:

@@ -213,12 +213,11 @@ def _differentiable(
     count = len(layers.weights)
     # The call drew the seed and kept it at the end, and the statistics at the beginning.
     seed = saved[-16 // saved.itemsize :].view(torch.int64) if any(layers.dropout_p) else None
-    statistics = []
-    start = 0
-    for layer in layers.norms:
-        channels = layers.weights[layer].shape[0]
-        statistics.append(saved[start : start + 2 * channels].unflatten(0, (2, channels)))
-        start += 2 * channels
+    channels = [layers.weights[layer].shape[0] for layer in layers.norms]
+    dtype = reference.accumulate_dtype(saved.dtype)
+    beginning = saved[: 2 * sum(channels) * dtype.itemsize // saved.itemsize].view(dtype)
+    parts = beginning.split([2 * count for count in channels])
+    statistics = [part.unflatten(0, (2, -1)) for part in parts]
 
     def formula(*tensors: Any) -> Tensor:
         hidden, weights, biases = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]

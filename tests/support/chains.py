@@ -75,7 +75,9 @@ def mlp_case(
         state = {n: (next(found, None), next(found, None), *statistics[n]) for n in norms}
         return list(t[:layers]), [given.get(layer) for layer in range(layers)], state
 
-    def reference(x: Tensor, *t: Tensor, exact: bool = False) -> Tensor:
+    def reference(
+        x: Tensor, *t: Tensor, exact: bool = False, kinks: list[Tensor] | None = None
+    ) -> Tensor:
         weights, bias, state = split(t)
         for layer in range(layers):
             x = torch.nn.functional.linear(x, weights[layer], bias[layer])
@@ -86,6 +88,8 @@ def mlp_case(
                     x = plain.batch_norm_exact(x, *options, 1e-5)
                 else:
                     x = torch.nn.functional.batch_norm(x, *map(_copied, options), 0.1, 1e-5)
+            if kinks is not None and names[layer] in ("relu", "leaky_relu"):
+                kinks.append(x)
             x = plain.activation(x, names[layer], slopes[layer], approximate[layer])
             x = plain.dropout(x, dropout_p[layer], keeps[layer])
         return x
@@ -100,6 +104,11 @@ def mlp_case(
         torch.manual_seed(draw)  # the node draws the seed itself
         return mlp.run(x, mlp.Layers(weights, bias, numbers, slopes, dropout_p, norms))
 
+    def sure(*t: Tensor) -> Tensor:
+        seen = [torch.ones((*shape[:-1], 1), dtype=torch.float64)]
+        reference(*t, exact=True, kinks=seen)
+        return torch.cat(seen, -1).abs().amin(-1, keepdim=True) > 2**-6
+
     return Case(
         f"mlp({list(shape)} -> {list(widths)}, {list(kinds)}, p={p}, biases={biases}, "
         f"norms={list(norms)}, training={training}, affine={affine})",
@@ -110,7 +119,9 @@ def mlp_case(
         # The sum of a few columns may cancel to nothing, and a batch norm takes biases away.
         scales={f"biases[{layer}]": f"weights[{layer}]" for layer in with_bias}
         | {f"bn_biases[{layer}]": f"bn_weights[{layer}]" for layer in norms if affine},
-        roundings=2,
+        sure=sure if dtype.itemsize == 2 else None,
+        # Of half precision all count: products, norms and activations, in a row.
+        roundings=2 * layers + len(norms) if dtype.itemsize == 2 else 2,
     )
 
 

@@ -220,9 +220,9 @@ struct Kernels {
   int64_t bfloat16_weight_numel;
   void (*linear_act)(const LinearAct&);
   void (*linear_act_backward)(const LinearActBackward&);
-  // Layers in a row, in float32 or float64. Each reads what the one before it puts out; forward,
-  // outputs of hidden layers may all be null. Backward takes grad_output of the last layer and
-  // gives grad_input of the first.
+  // Layers in a row, in float32, float64 or, where it has products of its own, bfloat16. Each reads
+  // what the one before it puts out; forward, outputs of hidden layers may all be null. Backward
+  // takes grad_output of the last layer and gives grad_input of the first.
   void (*mlp)(const LinearAct* chain, int layers);
   void (*mlp_backward)(const LinearActBackward* chain, int layers);
   void (*act_dropout)(const ActDropoutPass&);

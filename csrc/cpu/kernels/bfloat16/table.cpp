@@ -11,6 +11,8 @@ namespace fused_mlp::FUSED_MLP_ISA {
 
 void linear_act_bfloat16(const LinearAct&);
 void linear_act_bfloat16_backward(const LinearActBackward&);
+void mlp_bfloat16(const LinearAct* chain, int layers);
+void mlp_bfloat16_backward(const LinearActBackward* chain, int layers);
 int64_t research_net_bfloat16_saved_numel(const ResearchNet&);
 void research_net_bfloat16(const ResearchNet&);
 void research_net_bfloat16_backward(const ResearchNetBackward&);
@@ -38,6 +40,14 @@ Kernels make_kernels() {
   };
   kernels.linear_act_backward = [](const LinearActBackward& op) {
     choose<linear_act_bfloat16_backward, &Kernels::linear_act_backward>(op, op.forward.dtype);
+  };
+  kernels.mlp = [](const LinearAct* chain, int layers) {
+    const bool pairs = chain->dtype == DType::kBFloat16;
+    (pairs ? mlp_bfloat16 : avx512::kKernels.mlp)(chain, layers);
+  };
+  kernels.mlp_backward = [](const LinearActBackward* chain, int layers) {
+    const bool pairs = chain->forward.dtype == DType::kBFloat16;
+    (pairs ? mlp_bfloat16_backward : avx512::kKernels.mlp_backward)(chain, layers);
   };
   kernels.research_net_saved_numel = [](const ResearchNet& op) {
     return choose<research_net_bfloat16_saved_numel, &Kernels::research_net_saved_numel>(op,
