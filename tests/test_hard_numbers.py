@@ -22,6 +22,7 @@ ROWS = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     if applies(name, dtype)
 ]
+ROUNDING = 0.5  # units in the last place that rounding a result costs, which eager may be spared
 # Units in the last place that are let through where eager's result is no number.
 UNITS = 4
 
@@ -41,7 +42,11 @@ def test_row(on_cpu: torch.device, name: str, dtype: torch.dtype) -> None:
     """Largest and mean error of output and gradient, in units in the last place."""
     for what, (eager, fused) in measure(name, dtype=dtype, device=on_cpu).items():
         finite = math.isfinite(eager.largest)
-        assert fused.largest <= (2 * eager.largest if finite else UNITS), (what, fused, eager)
+        assert fused.largest <= (2 * eager.largest + ROUNDING if finite else UNITS), (
+            what,
+            fused,
+            eager,
+        )
         assert fused.mean <= (2 * eager.mean if finite else UNITS / 4), (what, fused, eager)
 
 

@@ -19,6 +19,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from support import ACTIVATIONS, DTYPES, act_case, batch_norm_case, check_case, check_special_values
+from support import research_case
 from fused_mlp import backends
 
 torch.set_num_threads(1)
@@ -34,6 +35,10 @@ for dtype in DTYPES:
             options = {"activation": activation, "p": 0.3, "dtype": dtype, "device": cpu}
             check_case(batch_norm_case(shape, True, **options))
             check_case(batch_norm_case(shape, False, **options))
+for dtype in (torch.float32, torch.bfloat16):
+    for widths in ((17, 33, 9, 3), (40, 64, 32, 5), (300, 270, 33, 7)):
+        for training in (True, False):
+            check_case(research_case(70, widths, training, 0.3, dtype=dtype, device=cpu))
 print(backends.isa())
 """
 

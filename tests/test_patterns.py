@@ -231,15 +231,25 @@ def test_subclasses_and_parametrized_layers_run_as_themselves(device):
 
 
 @pytest.mark.parametrize(
-    ("width", "count", "dropout", "ran"),
-    [(128, 128, 0, True), (128, 129, 0, False), (128, 129, 0.5, True), (64, 1024, 0, True),
-     (64, 1025, 0, False)],
-)  # fmt: skip
+    ("isa", "width", "count", "dropout", "ran"),
+    [
+        ("avx512_bf16", 128, 128, 0, True),
+        ("avx512_bf16", 128, 129, 0, False),
+        ("avx512_bf16", 128, 129, 0.5, True),
+        ("avx512_bf16", 64, 1024, 0, True),
+        ("avx512_bf16", 64, 1025, 0, False),
+        ("amx_bf16", 64, 2048, 0, True),
+        ("amx_bf16", 64, 2049, 0, False),
+        ("amx_bf16", 64, 2049, 0.5, True),
+        ("amx_bf16", 257, 2049, 0, True),
+        ("avx512", 128, 2049, 0, True),
+    ],
+)
 def test_large_bfloat16_products_are_left_to_torch_where_it_is_faster(
-    monkeypatch, width, count, dropout, ran
+    monkeypatch, isa, width, count, dropout, ran
 ):
-    monkeypatch.setattr(attempt, "_has_bfloat16_products", lambda: True)
-    _, fused = pair([nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout)])
+    monkeypatch.setattr(attempt, "_isa", lambda: isa)
+    _, fused = pair([nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout)])
     input = torch.randn(count, width).bfloat16()
     assert bool(kernels_run(lambda: fused.bfloat16()(input))) == ran
 

@@ -160,12 +160,11 @@ void blocked_product(int64_t rows, const PairPanels& b, const float* bias, const
   const int64_t work = product_work(row_parts.size, larger(1, b.terms()), column_parts.size);
   const int64_t grain = larger(1, kPairWork / work);
   parallel_for(row_parts.count * column_parts.count, grain, [&](int64_t begin, int64_t end) {
-    const int64_t most_rows = round_up(row_parts.size, kRowGroup);
-    Arena own(Scratch::kTask, Arena::bytes<BFloat16>(most_rows * kPairStride) +
-                                  Arena::bytes<float>(most_rows * kResultStride) +
+    Arena own(Scratch::kTask, Arena::bytes<BFloat16>(row_parts.size * kPairStride) +
+                                  Arena::bytes<float>(row_parts.size * kResultStride) +
                                   Arena::bytes<Pair>(kPairTerms / 2 * kPairPanel));
-    BFloat16* left = own.take<BFloat16>(most_rows * kPairStride);
-    float* result = own.take<float>(most_rows * kResultStride);
+    BFloat16* left = own.take<BFloat16>(row_parts.size * kPairStride);
+    float* result = own.take<float>(row_parts.size * kResultStride);
     Pair* room = own.take<Pair>(kPairTerms / 2 * kPairPanel);
     const TileConfiguration tiles;
     int64_t loaded = -1;  // the row part that `left` holds

@@ -16,11 +16,7 @@ using Pair = uint32_t;
 #if defined(__AMX_BF16__)
 // A tile takes 16 pairs at a time and puts out 16 rows; two by two of them make a block.
 constexpr int64_t kPairGroup = 16, kRowGroup = 16, kProductRows = 32;
-#else
-constexpr int64_t kPairGroup = 1, kRowGroup = 1, kProductRows = kTileRows;
-#endif
 
-#if defined(__AMX_BF16__)
 // Configures a thread's tiles for as long as it lives. Both together take 0.14 us.
 class TileConfiguration {
  public:
@@ -41,6 +37,8 @@ class TileConfiguration {
   };
 };
 #else
+constexpr int64_t kPairGroup = 1, kRowGroup = 1, kProductRows = kTileRows;
+
 struct TileConfiguration {
   TileConfiguration() {}
 };
