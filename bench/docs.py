@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     }
     if not found:
         raise BenchError(f"there are no results in {options.folder}")
-    write(found, options.page, _text(options.folder))
+    write(found, options.page, options.images, _text(options.folder))
     draw(found, options.images)
     sys.stdout.write(f"{options.page}\n")
     if failed:
@@ -196,7 +196,7 @@ def merged(found: dict[str, Results], names: Sequence[str]) -> Results | None:
     return whole
 
 
-def write(found: dict[str, Results], page: Path, more: str = "") -> None:
+def write(found: dict[str, Results], page: Path, images: Path, more: str = "") -> None:
     """Put the numbers, and more, between the page's two marks.
 
     Raises:
@@ -208,8 +208,9 @@ def write(found: dict[str, Results], page: Path, more: str = "") -> None:
     if not begin or not end:
         raise BenchError(f"{page} has no {BEGIN} … {END}")
     main_part = merged(found, [*NETS, "ops", "end-to-end"]) or next(iter(found.values()))
+    links = Path(os.path.relpath(images, page.parent)).as_posix()
     others = {name: part for name, part in found.items() if name in BESIDE}
-    numbers = "\n\n".join([*docs_tables.sections(main_part, others, found), more]).strip()
+    numbers = "\n\n".join([*docs_tables.sections(main_part, others, found, links), more]).strip()
     page.write_text(f"{head}{begin}\n\n{numbers}\n\n{end}{tail}", encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ PICTURES = {
 
 
 def sections(
-    main: Results, others: Mapping[str, Results], parts: Mapping[str, Results]
+    main: Results, others: Mapping[str, Results], parts: Mapping[str, Results], images: str
 ) -> Iterator[str]:
     """Yield the page's paragraphs and tables.
 
@@ -29,12 +29,13 @@ def sections(
         main: the networks, the ops and what was measured end to end, as one.
         others: ``bfloat16``, ``one-thread`` and ``avx2``, if they are there.
         parts: every section by name, to say where the numbers are from.
+        images: the folder of the pictures, as the page links to it.
     """
     yield provenance(main, parts)
     networks, ops = _only(main, True), _only(main, False)
     if networks.rows:
         yield "### Networks"
-        yield _picture("speed_up")
+        yield _picture("speed_up", images)
         yield (
             "Eval is `net(x)`, train `net(x)` and backward, both through the modules. *best rival* "
             "is the fastest of torch.compile (both modes), ONNX Runtime, OpenVINO and JAX, *over "
@@ -48,10 +49,10 @@ def sections(
             yield "### Everybody, over eager"
             yield _versions(networks)
             yield markdown(*rival_cells(networks))
-        yield _picture("memory")
+        yield _picture("memory", images)
     if ops.rows:
         yield "### The ops on their own"
-        yield _picture("ops")
+        yield _picture("ops", images)
         yield markdown(*tables.cells(ops))
     if "bfloat16" in others:
         yield "### bfloat16"
@@ -62,7 +63,7 @@ def sections(
         yield markdown(*tables.cells(others["bfloat16"]))
     if main.peaks and main.rows:
         yield "### Under the ceilings"
-        yield _picture("roofline")
+        yield _picture("roofline", images)
     if "one-thread" in others:
         yield "### Threads"
         yield (
@@ -73,7 +74,7 @@ def sections(
         yield _threads(others["one-thread"], networks)
     if main.overhead:
         yield "### One small training step"
-        yield _picture("time_split")
+        yield _picture("time_split", images)
         yield overhead.text(main.overhead)
     for name, rows in main.extra.items():
         yield f"### {name.capitalize()}"
@@ -133,8 +134,8 @@ def _revisions(parts: Mapping[str, Results]) -> str:
     )
 
 
-def _picture(name: str) -> str:
-    return f"![{PICTURES[name]}](images/{name}.png)"
+def _picture(name: str, images: str) -> str:
+    return f"![{PICTURES[name]}]({images}/{name}.png)"
 
 
 def _only(results: Results, networks: bool) -> Results:

@@ -39,6 +39,6 @@ def write_and_read(found: Results, folder: Path) -> None:
         compare.main([str(folder), str(folder)])
         documentation = folder / "page.md"
         documentation.write_text(f"{docs.BEGIN}\n{docs.END}\n", encoding="utf-8")
-        docs.write({"smoke": again}, documentation)
+        docs.write({"smoke": again}, documentation, folder)
         if importlib.util.find_spec("triton") is not None:
             gpu_command.main(["--only", "steps", "--chip", "sm_90", "--op", "normalize"])

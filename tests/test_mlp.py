@@ -12,6 +12,7 @@ import torch
 from support import (
     ACTIVATIONS,
     LAYOUTS,
+    MULTIPLIES_BFLOAT16,
     assert_same_differentiable_gradients,
     assert_same_nonfinite,
     check_case,
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 KERNELS = torch.ops.fused_mlp_kernels
 # bfloat16 where the processor multiplies it.
-DTYPES = (torch.float32, torch.float64, *[torch.bfloat16] * ("bf16" in (backends.isa() or "")))
+DTYPES = (torch.float32, torch.float64, *[torch.bfloat16] * MULTIPLIES_BFLOAT16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

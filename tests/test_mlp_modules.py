@@ -15,6 +15,7 @@ from prepared_fixtures import (  # noqa: F401
     assert_transforms_run_the_plain_modules,
     runs,
 )
+from support import MULTIPLIES_BFLOAT16
 from support.networks import assert_same_step, kernels_run, pair
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -310,7 +311,7 @@ def test_half_precision_runs_layer_by_layer_but_for_bfloat16_where_it_is_multipl
     fused.bfloat16()
     for _ in range(2):
         fused(torch.randn(6, 10, dtype=torch.bfloat16))
-    assert bool(runs) == ("bf16" in backends.isa())
+    assert bool(runs) == MULTIPLIES_BFLOAT16
 
 
 def test_bfloat16_with_gelu_runs_layer_by_layer(runs):

@@ -9,14 +9,13 @@ import torch
 from support import (
     DTYPES,
     INTERPRETED,
+    MULTIPLIES_BFLOAT16,
     Case,
     batch_norm_case,
     linear_case,
     normalize_case,
     research_case,
 )
-
-from fused_mlp import backends
 
 # Large enough that every op has work for four threads, and no multiple of any tile.
 ROWS = 67 if INTERPRETED else 6007
@@ -47,7 +46,6 @@ CASES: dict[str, Callable[..., Case]] = {
 
 
 # In half precision the library's product where the processor has no instructions for it.
-OF_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # instruction sets with products of it
 LIBRARYS = (
     "linear_act-beyond", "linear_relu-beyond", "research_net-wide", "research_net-few-rows",
 )  # fmt: skip
@@ -78,7 +76,7 @@ def own_kernels(backend: str, device: torch.device) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_threads(device: torch.device, own_kernels: str, name: str, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and name in LIBRARYS and backends.isa() not in OF_BFLOAT16:
+    if dtype == torch.bfloat16 and name in LIBRARYS and not MULTIPLIES_BFLOAT16:
         pytest.skip("wide products in half precision are torch's where its instructions lack")
     case = CASES[name](dtype=dtype, device=device)
     torch.set_num_threads(1)

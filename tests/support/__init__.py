@@ -21,7 +21,7 @@ from .cases import (
     research_case,
 )
 from .chains import mlp_case
-from .environment import INTERPRETED, free_memory, needs_memory
+from .environment import INTERPRETED, MULTIPLIES_BFLOAT16, free_memory, needs_memory
 from .layouts import LAYOUTS, lay_out
 from .philox import keep_mask, philox4x32
 from .special import check_special_values
@@ -32,6 +32,7 @@ __all__ = [
     "EXAMPLES",
     "INTERPRETED",
     "LAYOUTS",
+    "MULTIPLIES_BFLOAT16",
     "Case",
     "act_case",
     "assert_as_accurate",

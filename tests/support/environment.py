@@ -1,4 +1,4 @@
-"""What the machine has: Triton's interpreter switched on, memory enough for the huge tensors."""
+"""What the machine has: Triton's interpreter, bfloat16 products, memory for the huge tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_mlp import backends
+
 # One program of the interpreter costs a millisecond or more, so sizes are cut down under it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Whether the CPU kernels multiply bfloat16 itself, by instructions of the processor's.
+MULTIPLIES_BFLOAT16 = backends.isa() in ("avx512_bf16", "amx_bf16")
 
 
 def free_memory(device: torch.device) -> float:

@@ -210,6 +210,10 @@ struct Adam {
   bool decoupled, maximize;
 };
 
+// The name of the instruction set a file is compiled for, as the doctor prints it.
+#define FUSED_MLP_STRING_(name) #name
+#define FUSED_MLP_STRING(name) FUSED_MLP_STRING_(name)
+
 struct Kernels {
   const char* isa;
   // Whether products beyond the cache beat the library's: without FMA they do not.

@@ -3,9 +3,6 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/vec.h"
 
-#define FUSED_MLP_STRING_(name) #name
-#define FUSED_MLP_STRING(name) FUSED_MLP_STRING_(name)
-
 namespace fused_mlp::FUSED_MLP_ISA {
 
 void linear_act(const LinearAct&);

@@ -9,27 +9,14 @@
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
-// Rows of a block, whole register tiles, and terms of a sum that are worked on at a time: 230 kB of
-// the left operand and 110 kB of the result are a third of an L2 cache. Twice as many where tiles
-// wait for the right operand, beside caches of 2 MiB.
-#if defined(__AMX_BF16__)
-constexpr int64_t kPairRows = 256;
-#else
-constexpr int64_t kPairRows = 112;
-#endif
+// Terms of a sum that are worked on at a time.
 constexpr int64_t kPairTerms = 1024;
 constexpr int64_t kPairStride = kPairTerms + kVectorElements;  // of a block, in elements
 constexpr int64_t kResultWidth = 256;
 constexpr int64_t kResultStride = kResultWidth + kLanes<float>;
 // Rows that a weight's gradient sums at a time.
 constexpr int64_t kPairGradRows = 256;
-// Multiply-adds worth handing to a second thread, 9 us of work, and how many of them one element of
-// an operand or a result costs: with dot products twice as many as float32's do as long.
-#if defined(__AMX_BF16__)
-constexpr int64_t kPairWork = 16 * kThreadWork, kElementCost = 64;
-#else
-constexpr int64_t kPairWork = 2 * kThreadWork, kElementCost = 0;
-#endif
+// The multiply-adds of a product, and what its elements cost.
 FUSED_MLP_INLINE int64_t product_work(int64_t rows, int64_t terms, int64_t columns) {
   return rows * (terms * columns + kElementCost * (terms + columns));
 }

@@ -5,7 +5,7 @@
 // place; the right operand holds the pairs of 32 columns side by side.
 #pragma once
 
-#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/bfloat16/tuning.h"
 #include "cpu/kernels/rows.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
@@ -14,9 +14,6 @@ namespace fused_mlp::FUSED_MLP_ISA {
 using Pair = uint32_t;
 
 #if defined(__AMX_BF16__)
-// A tile takes 16 pairs at a time and puts out 16 rows; two by two of them make a block.
-constexpr int64_t kPairGroup = 16, kRowGroup = 16, kProductRows = 32;
-
 // Configures a thread's tiles for as long as it lives. Both together take 0.14 us.
 class TileConfiguration {
  public:
@@ -37,8 +34,6 @@ class TileConfiguration {
   };
 };
 #else
-constexpr int64_t kPairGroup = 1, kRowGroup = 1, kProductRows = kTileRows;
-
 struct TileConfiguration {
   TileConfiguration() {}
 };

@@ -10,20 +10,6 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
-#if defined(__AMX_BF16__)
-// Panels a weight is multiplied by at a time, and panels' elements a feature: as many as fit a
-// quarter of an L2 cache of 2 MiB.
-constexpr int64_t kMostPanels = 8, kMostNumel = 8192;
-// Multiply-adds of a call from which threads share the features of each layer.
-constexpr int64_t kFeatureWork = 8 * kPairWork;
-// Reading a weight beyond the caches takes as long as multiplying this many rows by it.
-constexpr int64_t kReadRows = 64;
-#else
-// Panels a weight is multiplied by while its rows lie in the L1 cache.
-constexpr int64_t kMostPanels = 4, kMostNumel = 4096;
-constexpr int64_t kFeatureWork = 16 * kPairWork;
-constexpr int64_t kReadRows = 0;
-#endif
 // Weights of more elements are read from beyond the L2 cache at every call.
 constexpr int64_t kCachedWeights = int64_t{1} << 20;
 

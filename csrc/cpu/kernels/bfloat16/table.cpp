@@ -1,11 +1,8 @@
 // The table of the AVX-512 kernels with bfloat16's own in it.
 
-#include <limits>
-
 #include "cpu/kernels/kernels.h"
 
-#define FUSED_MLP_STRING_(name) #name
-#define FUSED_MLP_STRING(name) FUSED_MLP_STRING_(name)
+#include "cpu/kernels/bfloat16/tuning.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
@@ -29,12 +26,7 @@ Kernels make_kernels() {
   Kernels kernels = avx512::kKernels;
   kernels.isa = FUSED_MLP_STRING(FUSED_MLP_ISA);
   kernels.bfloat16 = true;
-#if defined(__AMX_BF16__)
-  // 1024 x 1024 at 1024 rows: 1.1 to 1.6 times the library's speed; 2048 x 2048 at 2048: 0.9.
-  kernels.bfloat16_weight_numel = int64_t{1} << 20;
-#else
-  kernels.bfloat16_weight_numel = std::numeric_limits<int64_t>::max();
-#endif
+  kernels.bfloat16_weight_numel = kMostWeight;
   kernels.linear_act = [](const LinearAct& op) {
     choose<linear_act_bfloat16, &Kernels::linear_act>(op, op.dtype);
   };
