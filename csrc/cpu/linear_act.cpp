@@ -105,7 +105,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     const Tensor output = seen ? new_empty_cpu(sizes, input.scalar_type()) : product;
     if (seen) *seen = product;
     const bool nothing = act.activation == Activation::kNone && !act.dropout.active();
-    if (nothing && !norm.active()) return product;
+    if (nothing && !norm.active() && !seen) return product;  // two results must not be one tensor
     kernels().act_dropout({op.dtype, op.rows, op.out_features, norm, act, product.const_data_ptr(),
                            output.mutable_data_ptr()});
     return output;
