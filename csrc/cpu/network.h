@@ -19,8 +19,8 @@ struct Network {
   bool drops() const;
 };
 
-// One call: what the kernels read. Sizes, dtypes and
-// addresses are read and checked here, at every call, since a tensor's owner may change them.
+// One call: what the kernels read. Sizes, dtypes and addresses are read and checked here, at every
+// call, since a tensor's owner may change them.
 struct Call : Copies {
   ResearchNet net{};
   ScalarType dtype, accumulate;
