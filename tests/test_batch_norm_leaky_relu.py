@@ -385,6 +385,7 @@ def test_bad_arguments(device: torch.device, call, error, message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.usefixtures("all_threads")
 def test_more_than_2_31_elements(device: torch.device, backend: str) -> None:
     if backend == "reference":

@@ -123,6 +123,7 @@ def test_one_and_two_rows(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.usefixtures("all_threads")
 def test_ten_million_rows(device: torch.device, backend: str) -> None:
     """Statistics of 10^7 rows far from zero keep their digits: no sum grows without end."""
@@ -152,6 +153,7 @@ def test_ten_million_rows(device: torch.device, backend: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.usefixtures("all_threads")
 def test_elements_beyond_2_31(device: torch.device, backend: str) -> None:
     """2^31 + 7 elements in one dimension, a number that no block divides.

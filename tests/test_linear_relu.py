@@ -250,6 +250,7 @@ def test_bad_arguments(device: torch.device, call, error, message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.usefixtures("all_threads")
 def test_more_than_2_31_outputs(device: torch.device, backend: str) -> None:
     if backend == "reference":
@@ -273,6 +274,7 @@ def test_more_than_2_31_outputs(device: torch.device, backend: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.usefixtures("all_threads")
 def test_more_than_2_31_inputs(device: torch.device, backend: str) -> None:
     if backend == "reference":

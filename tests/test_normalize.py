@@ -255,6 +255,7 @@ def test_bad_arguments(device: torch.device, call, error, message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.parametrize("dim", [None, (0,), (1,)])
 @pytest.mark.usefixtures("all_threads")
 def test_more_than_2_31_elements(device: torch.device, backend: str, dim) -> None:
