@@ -13,9 +13,9 @@ namespace fused_mlp::FUSED_MLP_ISA {
 
 // Rows of a block: whole register tiles.
 constexpr int64_t kGemmRows = 112 / kTileRows * kTileRows;
-// Columns of a block.
+// Columns of a block: whole panels.
 template <class T>
-constexpr int64_t kGemmWidth = 1024 / static_cast<int64_t>(sizeof(T));
+constexpr int64_t kGemmWidth = round_up(1024 / static_cast<int64_t>(sizeof(T)), kPanel<T>);
 // Rows that a weight's gradient sums at a time.
 constexpr int64_t kGradRows = 256;
 // A dimension of a block in memory: no power of two, so that rows fall into different cache sets.
@@ -23,13 +23,14 @@ template <class T>
 constexpr int64_t kGemmStride = kGemmWidth<T> + 64 / static_cast<int64_t>(sizeof(T));
 
 // A left operand beyond the cache is read where it lies, in blocks of rows and terms that fit an L2
-// cache. Tiles are lower then: rows a power of two apart fall into the same set of an L1 cache,
-// whose 8 to 12 ways must hold a line of each. Copying blocks of 112 x 256 to places of their own
-// first took 10 to 25 % more, since nothing hides the wait for a short copy.
-constexpr int64_t kInPlaceTile = kTileRows < 8 ? kTileRows : 8;
+// cache. Copying blocks of 112 x 256 to places of their own first took 10 to 25 % more, since
+// nothing hides the wait for a short copy.
 constexpr int64_t kInPlaceRows = 8 * kInPlaceTile;
 template <class T>
-constexpr int64_t kInPlaceDepth = 4 * kGemmWidth<T>;
+constexpr int64_t kInPlaceDepth = 4096 / static_cast<int64_t>(sizeof(T));
+// Rows a multiple of this apart share four sets of an L1 cache at most.
+template <class T>
+constexpr int64_t kFewSets = kInPlaceDepth<T> / 4;
 
 // `total` cut into equal parts of at most `most`, whole multiples of `unit` but for the last.
 struct Parts {
@@ -150,7 +151,7 @@ void blocked_gemm(int64_t rows, const T* a, int64_t leading, const Panels<T>& b,
           const T* panel = b.get((first + c) / kPanel<T>, k, depth, room);
           multiply<T>(height, smaller(kPanel<T>, wide - c), depth,
                       {a + row * leading + k, leading, 1}, packed(panel, depth), result + c, stride,
-                      part > 0 ? Start::kAccumulate : Start::kZero, nullptr, false, kInPlaceTile);
+                      part > 0 ? Start::kAccumulate : Start::kZero, nullptr, false, Operands::kFar);
         }
       }
       finish(row, height, first, wide, result, stride);
@@ -169,7 +170,7 @@ void blocked_weight_grad(int64_t rows, int64_t in, int64_t out, const T* grad, i
   const int64_t width = grad_weight ? in : 0;
   const int64_t threads = rows * larger(1, width) * out > kThreadWork ? thread_count() : 1;
   // The gradient is read in place where its rows lie in whole vectors, and not in few cache sets.
-  const bool in_place = leading % kLanes<T> == 0 && leading % kGemmWidth<T> != 0;
+  const bool in_place = leading % kLanes<T> == 0 && leading % kFewSets<T> != 0;
   // One pass over the rows needs no sums that stay in the cache; but rows of a page would share a
   // set of it.
   const bool direct = grad_weight && rows > 0 && rows <= kGradRows && in % kLanes<T> == 0 &&

@@ -13,7 +13,7 @@ namespace fused_mlp::FUSED_MLP_ISA {
 
 // Rows worked on at a time, whole register tiles: with 256 columns a block is 60 kB, a few of them
 // fit a core's L2.
-constexpr int64_t kBlockRows = 64 / kTileRows * kTileRows;
+constexpr int64_t kBlockRows = 64 / tile_rows(kTileVectors) * tile_rows(kTileVectors);
 // Up to this width a layer's weight and a block of its rows lie in the cache together. Wider layers
 // are cut into blocks (blocked_gemm.h), a network with one runs layer by layer.
 constexpr int64_t kCacheWidth = 256;

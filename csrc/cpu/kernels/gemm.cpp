@@ -5,19 +5,27 @@
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
-template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
-              int64_t c_stride, Start start, const T* bias, bool rectify, int64_t most,
-              Ahead ahead) {
+namespace {
+
+template <class T, bool kFar>
+void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
+                    int64_t c_stride, Start start, const T* bias, bool rectify, Ahead ahead) {
+  const auto vectors_from = [=](int64_t column) {
+    return static_cast<int>(smaller(kTileVectors, ceil_div(columns - column, kLanes<T>)));
+  };
   // Tiles of nearly the same height: 64 rows are 11 tiles of 5 or 6, not 10 of 6 and one of 4.
-  const int64_t tiles = ceil_div(rows, most);
+  const auto tiles_of = [=](int vectors) {
+    const int most = tile_rows(vectors);
+    return ceil_div(rows, kFar && kInPlaceTile < most ? kInPlaceTile : most);
+  };
   constexpr int64_t kLine = 64;
   const char* next = static_cast<const char*>(ahead.data);
   const char* const last = next + ahead.bytes;
-  const int64_t all_tiles = larger(1, tiles * ceil_div(columns, kPanel<T>));
+  const int64_t all_tiles = larger(1, tiles_of(vectors_from(0)) * ceil_div(columns, kPanel<T>));
   const int64_t span = round_up(ceil_div(ahead.bytes, all_tiles), kLine);
   for (int64_t column = 0; column < columns; column += kPanel<T>) {
-    const int vectors = columns - column > kLanes<T> ? 2 : 1;
+    const int vectors = vectors_from(column);
+    const int64_t tiles = tiles_of(vectors);
     const T* panel = b.data + (column / kPanel<T>)*b.panel;
     int64_t row = 0;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -25,12 +33,23 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> 
       for (const char* stop = next + smaller(span, last - next); next < stop; next += kLine) {
         __builtin_prefetch(next, 0, 2);
       }
-      tile_of<T, kTileRows>(height, vectors, depth, {a.data + row * a.row, a.row, a.column}, panel,
-                            b.stride, c + row * c_stride + column, c_stride, start,
-                            bias + (start == Start::kRowBias ? row : column), rectify);
+      tile_of<T, kFar ? kInPlaceTile : kTileRows, kFar>(
+          height, vectors, depth, {a.data + row * a.row, a.row, a.column}, panel, b.stride,
+          c + row * c_stride + column, c_stride, start,
+          bias + (start == Start::kRowBias ? row : column), rectify);
       row += height;
     }
   }
+}
+
+}  // namespace
+
+template <class T>
+void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
+              int64_t c_stride, Start start, const T* bias, bool rectify, Operands operands,
+              Ahead ahead) {
+  const auto run = operands == Operands::kFar ? multiply_tiles<T, true> : multiply_tiles<T, false>;
+  run(rows, columns, depth, a, b, c, c_stride, start, bias, rectify, ahead);
 }
 
 namespace {
@@ -83,9 +102,9 @@ void pack(const S* matrix, int64_t stride, int64_t rows, int64_t columns, T* out
 }
 
 template void multiply<float>(int64_t, int64_t, int64_t, Left<float>, Right<float>, float*, int64_t,
-                              Start, const float*, bool, int64_t, Ahead);
+                              Start, const float*, bool, Operands, Ahead);
 template void multiply<double>(int64_t, int64_t, int64_t, Left<double>, Right<double>, double*,
-                               int64_t, Start, const double*, bool, int64_t, Ahead);
+                               int64_t, Start, const double*, bool, Operands, Ahead);
 
 #define FUSED_MLP_INSTANTIATE(S)                                                    \
   template void pack_transposed<Compute<S>, S>(const S*, int64_t, int64_t, int64_t, \

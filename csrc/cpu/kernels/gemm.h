@@ -9,14 +9,25 @@
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
-// Rows of a register tile: with two vectors a row the sums fill the register file but for the two
-// vectors of the right operand and one broadcast (14 * 2 + 3 of 32, 6 * 2 + 3 of 16).
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 14;
+// Vectors of a row of a register tile, at most, and rows of one of up to two vectors: its sums fill
+// the register file but for the vectors of the right operand and one broadcast (14 * 2 + 3 of 32,
+// 6 * 2 + 3 of 16).
+#if defined(__AVX512F__)
+constexpr int kTileVectors = 3, kTileRows = 14;
+#elif defined(__aarch64__)
+constexpr int kTileVectors = 2, kTileRows = 14;
 #else
-constexpr int kTileRows = 6;
+constexpr int kTileVectors = 2, kTileRows = 6;
 #endif
-constexpr int kTileVectors = 2;
+
+// Three vectors (8 * 3 + 4 of 32) take 11 loads for 24 multiply-adds, where two take 16 for 28. A
+// core alone multiplies as fast either way; with its other hardware thread at work, as on a shared
+// host, three are up to 1.2 times as fast.
+constexpr int tile_rows(int vectors) { return vectors > 2 ? 8 : kTileRows; }
+
+// Rows of a tile whose left operand is read where it lies, beyond the cache: rows a power of two
+// apart fall into the same set of an L1 cache, whose 8 to 12 ways must hold a line of each.
+constexpr int kInPlaceTile = kTileRows < 8 ? kTileRows : 8;
 
 // Columns of a packed panel.
 template <class T>
@@ -48,6 +59,9 @@ struct Ahead {
   }
 };
 
+// Terms of a right operand from beyond the L1 cache that are asked for ahead: 4 to 6 % less time.
+constexpr int64_t kTermsAhead = 8;
+
 // What a product starts from: zero, a bias a column, a bias a row, or what the result holds.
 enum class Start { kZero, kBias, kRowBias, kAccumulate };
 
@@ -58,11 +72,11 @@ enum class Start { kZero, kBias, kRowBias, kAccumulate };
 // terms deep takes 2 % longer; runs of 32 would cost 4 % there.
 constexpr int64_t kTerms = 64;
 
-// The leading dimension of a block of `columns`: whole panels, then one more vector so that rows
-// of a power-of-two length do not all fall into the same cache sets.
+// The leading dimension of a block of `columns`: whole pairs of vectors, then one more vector so
+// that rows of a power-of-two length do not all fall into the same cache sets.
 template <class T>
 FUSED_MLP_INLINE int64_t padded(int64_t columns) {
-  return round_up(columns, kPanel<T>) + 64 / static_cast<int64_t>(sizeof(T));
+  return round_up(columns, 2 * kLanes<T>) + 64 / static_cast<int64_t>(sizeof(T));
 }
 
 // Elements of a matrix of `rows` x `columns` packed into panels.
@@ -113,7 +127,7 @@ FUSED_MLP_INLINE void add_start(Start start, const T* bias, const T* c, int64_t 
   }
 }
 
-template <class T, int kRows, int kVectors>
+template <class T, int kRows, int kVectors, bool kFar>
 inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
                  Start start, const T* bias, bool rectify) {
   constexpr int kWidth = kLanes<T>;
@@ -126,11 +140,14 @@ inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, i
     Vec<T> sum[kRows][kVectors] = {};
     for (int64_t k = 0; k < terms; ++k, b += b_stride) {
       Vec<T> right[kVectors];
-      for (int j = 0; j < kVectors; ++j) right[j] = load_raw(b + j * kWidth);
+      for (int j = 0; j < kVectors; ++j) {
+        right[j] = load_raw(b + j * kWidth);
+        if constexpr (kFar) __builtin_prefetch(b + kTermsAhead * b_stride + j * kWidth);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const Vec<T> element = splat<T>(a_k[i / 3][i % 3 * a.row]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int j = 0; j < kVectors; ++j) sum[i][j] += element * right[j];
       }
 #pragma GCC unroll 16
@@ -159,28 +176,34 @@ inline void tile(int64_t depth, Left<T> a, const T* b, int64_t b_stride, T* c, i
   }
 }
 
-template <class T, int kRows>
+template <class T, int kRows, bool kFar>
 FUSED_MLP_INLINE void tile_of(int rows, int vectors, int64_t depth, Left<T> a, const T* b,
                               int64_t b_stride, T* c, int64_t c_stride, Start start, const T* bias,
                               bool rectify) {
   if (rows == kRows) {
     if (vectors == 1) {
-      tile<T, kRows, 1>(depth, a, b, b_stride, c, c_stride, start, bias, rectify);
-    } else {
-      tile<T, kRows, 2>(depth, a, b, b_stride, c, c_stride, start, bias, rectify);
+      tile<T, kRows, 1, kFar>(depth, a, b, b_stride, c, c_stride, start, bias, rectify);
+    } else if (vectors == 2) {
+      tile<T, kRows, 2, kFar>(depth, a, b, b_stride, c, c_stride, start, bias, rectify);
+    } else if constexpr (kRows <= tile_rows(kTileVectors)) {
+      tile<T, kRows, kTileVectors, kFar>(depth, a, b, b_stride, c, c_stride, start, bias, rectify);
     }
   } else if constexpr (kRows > 1) {
-    tile_of<T, kRows - 1>(rows, vectors, depth, a, b, b_stride, c, c_stride, start, bias, rectify);
+    tile_of<T, kRows - 1, kFar>(rows, vectors, depth, a, b, b_stride, c, c_stride, start, bias,
+                                rectify);
   }
 }
 
+// Where the operands of a product lie: all but the left one in the L1 cache, or beyond.
+enum class Operands { kNear, kFar };
+
 // c[rows, columns] = start + a[rows, depth] @ b[depth, columns], then max(., 0) if `rectify`.
-// Writes whole vectors: c needs `padded` rows, and a bias a column whole panels. Tiles have up to
-// `most` rows. Defined in gemm.cpp.
+// Writes whole vectors: c needs `padded` rows, and a bias a column whole panels. Defined in
+// gemm.cpp.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
               int64_t c_stride, Start start, const T* bias = nullptr, bool rectify = false,
-              int64_t most = kTileRows, Ahead ahead = {});
+              Operands operands = Operands::kNear, Ahead ahead = {});
 
 // Packs, on all threads, the transpose of weight[columns, rows] (leading dimension `stride`), its
 // row j times scale[j] if there is a scale: the right operand of input @ weight.T.

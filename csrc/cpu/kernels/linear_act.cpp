@@ -196,7 +196,7 @@ void few_rows_forward(const LinearAct& op) {
   copy_channels<T>({const_cast<void*>(op.bias), op.dtype}, out, room, 0, bias);
   const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
   // Reading a weight takes as long as the multiply-adds of four rows.
-  const int64_t unit = 2 * kPanel<T>, work = larger(1, (op.rows + 4) * in * unit);
+  const int64_t unit = 4 * kLanes<T>, work = larger(1, (op.rows + 4) * in * unit);
   parallel_for(ceil_div(out, unit), ceil_div(kThreadWork, work), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * unit;
     few_rows_layer<T, kRows>(static_cast<const T*>(op.weight) + first * in, bias + first, in,

@@ -45,7 +45,7 @@ void forward(const LinearAct& op) {
   const int64_t threads = work > 2.0 * kThreadWork ? thread_count() : 1;
   int64_t shares = 1;
   while (groups.count * shares % threads && groups.count * shares < 4 * threads) ++shares;
-  const Parts parts(out, ceil_div(out, shares), kPanel<T>);
+  const Parts parts(out, ceil_div(out, shares), 2 * kLanes<T>);
   const int64_t tasks = groups.count * parts.count;
   parallel_for(tasks, threads > 1 ? 1 : tasks, [&](int64_t begin, int64_t end) {
     Arena own(Scratch::kTask, Arena::bytes<T>(in * groups.size) +

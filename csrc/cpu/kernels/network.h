@@ -123,7 +123,7 @@ struct Forward {
   void multiply_layer(const ResearchNet& op, int l, int64_t rows, Left<T> left, T* to,
                       int64_t stride, bool rectify, Ahead ahead = {}) const {
     multiply<T>(rows, op.widths[l + 1], op.widths[l], left, packed(weights[l], op.widths[l]), to,
-                stride, Start::kBias, biases[l], rectify, kTileRows, ahead);
+                stride, Start::kBias, biases[l], rectify, Operands::kNear, ahead);
   }
 };
 

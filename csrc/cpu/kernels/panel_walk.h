@@ -71,7 +71,7 @@ class PanelWalk {
   // Calls body(first, features) for the features of layer l, shared out among threads.
   template <class Body>
   void share_features(int l, const Body& body) const {
-    const int64_t unit = 2 * kPanel<T>, units = ceil_div(op.widths[l + 1], unit);
+    const int64_t unit = 4 * kLanes<T>, units = ceil_div(op.widths[l + 1], unit);
     const int64_t grain = ceil_div(kThreadWork, larger(1, op.rows * op.widths[l] * unit));
     parallel_for(units, units < 2 * grain ? units : grain, [&](int64_t begin, int64_t end) {
       body(begin * unit, smaller(op.widths[l + 1], end * unit) - begin * unit);
@@ -116,7 +116,7 @@ class PanelWalk {
         read_transposed(from, op.input_stride, count, width, panel);
       } else {
         read_transposed<T>(kept[l - 1] + row * width, width, count, width, panel);
-        normalize_transposed(affine, 0, width, slope(), panel);
+        normalize_transposed(affine, count, 0, width, slope(), panel);
       }
     });
   }
@@ -134,7 +134,7 @@ class PanelWalk {
       if (kept[l]) {
         write_transposed<T>(panel, count, features, kept[l] + row * width + first, width);
       } else if (!hidden) {
-        normalize_transposed(affine, first, features, slope(), panel);
+        normalize_transposed(affine, count, first, features, slope(), panel);
       }
     });
   }

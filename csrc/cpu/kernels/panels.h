@@ -68,15 +68,15 @@ void drop_transposed(const Dropout& dropout, int64_t first_row, int64_t rows, in
   }
 }
 
-// LeakyReLU of the normalized features from `first` on.
+// LeakyReLU of the normalized features from `first` on, of `rows` rows.
 template <class T>
-FUSED_MLP_INLINE void normalize_transposed(const Affine<T>& affine, int64_t first, int64_t features,
-                                           T slope, T* panel) {
+FUSED_MLP_INLINE void normalize_transposed(const Affine<T>& affine, int64_t rows, int64_t first,
+                                           int64_t features, T slope, T* panel) {
   for (int64_t c = first; c < first + features; ++c, panel += kPanel<T>) {
     const Vec<T> mean = splat(affine.mean[c]), scale = splat(affine.scale[c]),
                  shift = splat(affine.shift[c]);
-    for (int v = 0; v < kTileVectors; ++v) {
-      T* at = panel + v * kLanes<T>;
+    for (int64_t row = 0; row < rows; row += kLanes<T>) {
+      T* at = panel + row;
       store_raw(at, leaky_relu<T>((load_raw(at) - mean) * scale + shift, splat(slope)));
     }
   }
@@ -97,12 +97,12 @@ void multiply_panels(const S* weight, int64_t leading, const Compute<S>* bias, i
   using T = Compute<S>;
   constexpr bool kInPlace = std::is_same_v<S, T>;
   const bool cached = kInPlace && in <= kCacheWidth;
-  const int64_t most = kInPlace && !cached ? kInPlaceTile : kTileRows;
+  const bool far = kInPlace && !cached;
   const Parts feature_parts(features,
                             cached     ? features
                             : kInPlace ? kInPlaceRows
                                        : kGemmRows,
-                            most);
+                            far ? kInPlaceTile : kTileRows);
   const Parts depth_parts(in, kInPlace ? kInPlaceDepth<T> : kGemmWidth<T>, kTerms);
   for (int64_t i = 0; i < feature_parts.count; ++i) {
     const int64_t first = feature_parts.begin(i), height = feature_parts.length(i);
@@ -119,7 +119,8 @@ void multiply_panels(const S* weight, int64_t leading, const Compute<S>* bias, i
                     packed(before + (panel * in + k) * kPanel<T>, depth),
                     after + panel * stride + first * kPanel<T>, kPanel<T>,
                     part > 0 ? Start::kAccumulate : Start::kRowBias, bias + first,
-                    rectify && part + 1 >= depth_parts.count, most);
+                    rectify && part + 1 >= depth_parts.count,
+                    far ? Operands::kFar : Operands::kNear);
       }
     }
   }

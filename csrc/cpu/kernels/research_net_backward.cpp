@@ -232,7 +232,7 @@ void grad_below(const Backward<S>& call, const WeightGrad<Compute<S>>* weight_gr
     const bool reads_z = net.training && l == net.layers - 2;
     multiply<T>(rows, below, width, {task.grad, padded<T>(width), 1},
                 packed(call.transposed[l], width), task.grad_next, padded<T>(below), Start::kZero,
-                nullptr, false, kTileRows,
+                nullptr, false, Operands::kNear,
                 reads_z ? rows_ahead<T>(call.shape.z(0), width, at) : Ahead{});
     T* swapped = task.grad;
     task.grad = task.grad_next;

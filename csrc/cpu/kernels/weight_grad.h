@@ -19,7 +19,7 @@ class WeightGrad {
         transposed_(in_features * round_up(out_features, kLanes<T>) <
                     out_features * round_up(in_features, kLanes<T>)),
         rows_(transposed_ ? in_ : out_),
-        stride_(round_up(transposed_ ? out_ : in_, kPanel<T>)) {}
+        stride_(round_up(transposed_ ? out_ : in_, 2 * kLanes<T>)) {}
 
   int64_t numel() const { return rows_ * stride_ + round_up(out_, kPanel<T>); }
 
@@ -40,7 +40,7 @@ class WeightGrad {
   // Whether add_weight wants the input's rows padded: else it reads past their end, or rows of a
   // power of two, 1 kB and more, fall into the same cache sets. To read (4,[64,64],2) where it lies
   // spares 6 % of backward.
-  bool pads_input() const { return !transposed_ && (in_ % kPanel<T> != 0 || in_ > 4 * kPanel<T>); }
+  bool pads_input() const { return !transposed_ && (in_ % kLanes<T> != 0 || in_ > 8 * kLanes<T>); }
 
   // sums (+)= grad.T @ input; both blocks have padded rows, but for an input that needs none. The
   // first block overwrites.
@@ -50,10 +50,10 @@ class WeightGrad {
     const Start start = first ? Start::kZero : Start::kAccumulate;
     if (transposed_) {
       multiply<T>(in_, out_, rows, {input, 1, input_stride}, plain(grad, grad_stride), sums,
-                  stride_, start, nullptr, false, kTileRows, ahead);
+                  stride_, start, nullptr, false, Operands::kNear, ahead);
     } else {
       multiply<T>(out_, in_, rows, {grad, 1, grad_stride}, plain(input, input_stride), sums,
-                  stride_, start, nullptr, false, kTileRows, ahead);
+                  stride_, start, nullptr, false, Operands::kNear, ahead);
     }
   }
 

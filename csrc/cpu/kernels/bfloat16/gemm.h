@@ -39,8 +39,8 @@ struct TileConfiguration {
 };
 #endif
 
-// Columns of a packed panel, as in float32.
-constexpr int64_t kPairPanel = kPanel<float>;
+// Columns of a packed panel: two vectors.
+constexpr int64_t kPairPanel = 2 * kLanes<float>;
 // Elements of a vector of pairs.
 constexpr int64_t kVectorElements = 2 * kLanes<float>;
 
