@@ -77,6 +77,7 @@ _NUMBERS = {
     ("silu", "none"): SILU,
     ("tanh", "none"): TANH,
 }
+_NAMES = {number: names for names, number in _NUMBERS.items()}
 NAMES = tuple(dict.fromkeys(name for name, _ in _NUMBERS))
 BATCH_NORM_NAMES = ("none", "relu", "leaky_relu")
 
@@ -102,6 +103,11 @@ def number(
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}(): approximate must be 'none' or 'tanh', but got {approximate!r}")
     return _NUMBERS[activation, approximate if activation == "gelu" else "none"]
+
+
+def name(activation: int) -> tuple[str, str]:
+    """Return what :func:`number` takes: the activation and GELU's ``approximate``."""
+    return _NAMES[activation]
 
 
 def kept(activation: int, negative_slope: float, dropout_p: float) -> int:

@@ -29,6 +29,16 @@ def may_run_again() -> bool:
     )
 
 
+def call_number() -> int:
+    """Return a number that no other call has in the graph that is traced now.
+
+    AOTAutograd takes two calls with equal arguments for one; where they draw, each has a mask of
+    its own.
+    """
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return 0 if mode is None else len(mode.tracer.graph.nodes)
+
+
 def replay_draw() -> None:
     """Have the seed that was just traced, if one was, drawn from the same state when repeated."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)

@@ -341,7 +341,7 @@ def test_tensors_that_changed_under_the_handle_raise_before_anything_is_read() -
         (output.double(), x, output, saved, handle, None),
         (output, x, output, saved, handle, [True] * 4),
     ):
-        with pytest.raises(RuntimeError, match="mlp_prepared_backward"):
+        with pytest.raises(RuntimeError, match="mlp_backward"):
             KERNELS.mlp_prepared_backward(*arguments)
     biases[0].data = torch.zeros(3)
     with pytest.raises(RuntimeError, match=r"biases\[0\]"):

@@ -101,7 +101,25 @@ def public_calls(device: torch.device) -> dict:
             (*network(device, True)[:3], None, None, *buffers(device, 3)[:2], False, [0.0]),
             {},
         ),
+        **{
+            f"mlp{kind}": (PUBLIC.mlp, chain(device, training), {"compiled_for": compiled_for})
+            for kind, training, compiled_for in (
+                ("", True, None),
+                ("-graph", True, "a test"),
+                ("-graph-eval", False, "a test"),
+            )
+        },
     }
+
+
+def chain(device: torch.device, training: bool) -> tuple:
+    """Return what ``mlp`` takes: a batch norm behind the first layer, Tanh behind the second."""
+    x, weights, (_, *biases), *_ = network(device, grad=True)
+    norm = tensors(device, (5,), (5,), grad=True)
+    return (
+        x, weights, [None, *biases], [RELU, TANH, 0], [0.0] * 3, [0.0] * 3, [0], norm,
+        list(buffers(device, 5)), [training], [0.1], [1e-5],
+    )  # fmt: skip
 
 
 def raw_calls(device: torch.device) -> dict:
@@ -245,10 +263,22 @@ def test_compiled(device: torch.device, dtype: torch.dtype, dropout_p: float) ->
         "research_net_compiled_backward": (output, x, parameters[:3], saved, 0b1_1111_1111),
         "research_net_compiled_evaluate": (x, [*parameters, *buffers(device, 3)[:2]], 1e-5, 0.01),
     }
+    # A batch norm behind the second of three layers, which has dropout; Tanh behind the last.
+    norm_buffers = list(buffers(device, 3))
+    layout = [0, SILU | 8, 2 | 8 | 16 | 32 | 64 | 128, TANH | 8]
+    options = [0.01, dropout_p, 0.1, 1e-5]
+    output, saved = RAW.mlp_compiled(x, parameters, norm_buffers, layout, options)
+    mask = 0b1100_1111_111
+    evaluated = [0, SILU | 8, 2 | 8 | 32 | 128, TANH | 8]
+    calls |= {
+        "mlp_compiled": (x, parameters, norm_buffers, layout, options),
+        "mlp_compiled_backward": (output, x, parameters[:3], output, saved, mask),
+        "mlp_compiled_evaluate": (x, parameters, norm_buffers[:2], evaluated, [0.01, 0.1, 1e-5]),
+    }
     assert calls.keys() == COMPILED_SCHEMAS.keys()
     for name, arguments in calls.items():
         checks = ["test_schema", "test_faketensor"]
-        if name != "research_net_compiled" or not dropout_p:
+        if name not in ("research_net_compiled", "mlp_compiled") or not dropout_p:
             checks.append("test_aot_dispatch_dynamic")
         torch.library.opcheck(getattr(RAW, name).default, arguments, test_utils=checks)
 

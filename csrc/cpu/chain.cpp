@@ -153,7 +153,7 @@ void Chain::place(void* saved) {
   }
 }
 
-Chain describe(const Mlp& mlp, const Tensor& input, const int64_t* seed, bool evaluated) {
+Chain describe(const Mlp& mlp, const Tensor& input, const int64_t* seed, Pass pass) {
   STD_TORCH_CHECK(input.is_cpu() && input.dim() >= 1 && (mlp.norms.empty() || input.dim() == 2),
                   "fused_mlp: mlp: expected a CPU input, of two dimensions before a batch norm");
   const DType dtype = dtype_of(input);
@@ -166,11 +166,11 @@ Chain describe(const Mlp& mlp, const Tensor& input, const int64_t* seed, bool ev
   describe_layers(mlp, input, seed, chain);
   for (const Norm& norm : mlp.norms) {
     LinearAct& layer = chain.layers[norm.layer];
-    STD_TORCH_CHECK(
-        norm.training ? layer.rows > 1 && norm.eps > 0 : norm.running_mean && norm.running_var,
-        "fused_mlp: mlp: a batch norm needs more than one row and an eps in training, "
-        "running statistics in evaluation");
-    if (evaluated) {
+    const bool has_statistics = pass == Pass::kBackward || (norm.running_mean && norm.running_var);
+    STD_TORCH_CHECK(norm.training ? layer.rows > 1 && norm.eps > 0 : has_statistics,
+                    "fused_mlp: mlp: a batch norm needs more than one row and an eps in training, "
+                    "running statistics in evaluation");
+    if (pass == Pass::kEvaluation) {
       layer.norm = folded(norm, layer.out_features);
     } else {
       chain.norms.push_back(separated(norm, layer));

@@ -1,6 +1,8 @@
 // A chain of Linear layers as the ops take it, and one call of it as the kernels take it.
 #pragma once
 
+#include <tuple>
+
 #include "cpu/tensors.h"
 
 namespace fused_mlp {
@@ -71,13 +73,33 @@ struct ChainGradients {
   size_t first(const Chain& chain) const;
 };
 
-// Raise where the tensors do not fit together; nothing is written. Without a seed nothing is
-// dropped. In `evaluated` the batch norms are folded into their layers, else they are steps.
-Chain describe(const Mlp& mlp, const Tensor& input, const int64_t* seed, bool evaluated);
+// Forward and backward have the batch norms as steps; evaluation folds them into their layers.
+enum class Pass { kForward, kBackward, kEvaluation };
+
+// Raises where the tensors do not fit together; nothing is written. Without a seed nothing is
+// dropped. A backward pass takes neither biases nor running statistics.
+Chain describe(const Mlp& mlp, const Tensor& input, const int64_t* seed, Pass pass);
+
+// What is dropped decides what is kept, so a call is described with a seed before it has one.
+inline constexpr int64_t kAnySeed[2] = {};
 
 // Forward: where the batch norms are steps, the layers from one to the next run together.
 void run(const Chain& chain);
 // Writes the gradients, from that of the output on.
 void run_backward(const Chain& chain, const void* grad_output, ChainGradients& gradients);
+
+// The same with tensors for all that is written (chain_call.cpp), where the call draws the
+// dropout's seed itself and keeps it in `saved`: output and `saved`, the output alone in
+// evaluation, and the gradients. Behind what kernels and dropout keep, at a multiple of 8 bytes,
+// `saved` ends in `more` elements for the caller. `chain` was described with kAnySeed.
+std::tuple<Tensor, Tensor> run_and_draw(const Mlp& mlp, Chain& chain, const Tensor& input,
+                                        int64_t more = 0);
+Tensor evaluate(const Mlp& mlp, const Tensor& input);
+// `output_mask` has flags of input, weights, biases, and weight and bias of every batch norm;
+// without one, all parameters that there are get gradients.
+StableIValue backward_of_drawn(const Mlp& mlp, Chain& chain, const Tensor& grad_output,
+                               const Tensor& input, const std::optional<Tensor>& output,
+                               const Tensor& saved, int64_t more,
+                               const std::optional<std::vector<bool>>& output_mask);
 
 }  // namespace fused_mlp

@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_mlp_kernels, CPU, m) {
   m.impl("research_net_compiled", TORCH_BOX(&fused_mlp::research_net_compiled));
   m.impl("research_net_compiled_backward", TORCH_BOX(&fused_mlp::research_net_compiled_backward));
   m.impl("research_net_compiled_evaluate", TORCH_BOX(&fused_mlp::research_net_compiled_evaluate));
+  m.impl("mlp_compiled", TORCH_BOX(&fused_mlp::mlp_compiled));
+  m.impl("mlp_compiled_backward", TORCH_BOX(&fused_mlp::mlp_compiled_backward));
+  m.impl("mlp_compiled_evaluate", TORCH_BOX(&fused_mlp::mlp_compiled_evaluate));
   m.impl("train_step_plan", TORCH_BOX(&fused_mlp::train_step_plan));
   m.impl("train_step", TORCH_BOX(&fused_mlp::train_step));
 }

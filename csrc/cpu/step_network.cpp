@@ -137,7 +137,7 @@ class ChainStep : public StepNetwork {
   bool takes(int64_t rows) const override { return rows >= (mlp_.trains() ? 2 : 1); }
 
   void begin(const Tensor& input, double) override {
-    chain_ = describe(mlp_, input, seed_.data(), false);
+    chain_ = describe(mlp_, input, seed_.data(), Pass::kForward);
   }
   int64_t saved_numel() override { return chain_.saved_numel(); }
   void place(void* saved, void* output) override {

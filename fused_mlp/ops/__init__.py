@@ -3,7 +3,7 @@
 Importing this package registers ``torch.ops.fused_mlp.*`` and ``torch.ops.fused_mlp_kernels.*``.
 """
 
-from . import over_group
+from . import over_group, traced_mlp
 from ._common import check_probability
 from .batch_norm_act import batch_norm_act
 from .batch_norm_leaky_relu import batch_norm_leaky_relu
@@ -23,4 +23,5 @@ __all__ = [
     "normalize",
     "over_group",
     "research_net",
+    "traced_mlp",
 ]

@@ -1,7 +1,7 @@
 """``mlp``: Linear layers with what stands behind them, handed over once and run in one node.
 
-The CPU library alone has it, for modules that call it again and again, and there is no public op of
-it: in graphs of torch.compile and on a GPU each layer goes to an op of its own.
+The CPU library alone has it, for modules that call it again and again; ``compiled_mlp.py`` has the
+ops of graphs of torch.compile. On a GPU each layer goes to an op of its own.
 """
 
 from __future__ import annotations
@@ -57,6 +57,13 @@ class Layers(NamedTuple):
     def train(self) -> bool:
         """Return whether a batch norm takes the statistics of its batch."""
         return any(norm[5] for norm in self.norms.values())
+
+    def keeps_output(self) -> bool:
+        """Return whether the derivative of the last layer comes from what it puts out."""
+        last = len(self.weights) - 1
+        options = self.activations[last], self.negative_slopes[last], self.dropout_p[last]
+        kept = activations.kept(*options)
+        return kept == activations.OUTPUT and last not in self.norms
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return parameters and buffers."""
@@ -135,9 +142,7 @@ def make_call(layers: Layers) -> tuple[Any, ...]:
         weights, biases, numbers, slopes, dropout_p, list(norms), norm_tensors, *options
     )
     usual = (False, False, *[tensor is not None for tensor in layers.parameters()])
-    last = len(weights) - 1
-    kept = activations.kept(numbers[last], slopes[last], dropout_p[last])
-    return handle, usual, kept == activations.OUTPUT and last not in norms, layers
+    return handle, usual, layers.keeps_output(), layers
 
 
 def run(input: Tensor, layers: Layers) -> Tensor:

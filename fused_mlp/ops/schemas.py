@@ -133,6 +133,24 @@ COMPILED_SCHEMAS = {
     "research_net_compiled_evaluate": (
         "(Tensor input, Tensor[] tensors, float eps, float negative_slope) -> Tensor"
     ),
+    # The same for Linear layers in a row. `layout` is the number of the call in its graph and one
+    # for each layer (compiled_mlp.py), `options` what those say: of each layer in order the slope
+    # of LeakyReLU, the dropout's probability, and momentum and eps of its batch norm. `parameters`
+    # are weights, biases, and weight and bias of the batch norms, `buffers` their running mean and
+    # variance and, where one trains, its batch counter; each as far as there are any. Backward
+    # takes `output` where the last activation's derivative comes from it.
+    "mlp_compiled": (
+        "(Tensor input, Tensor[] parameters, Tensor(a!)[] buffers, int[] layout, float[] options)"
+        " -> (Tensor output, Tensor saved)"
+    ),
+    "mlp_compiled_backward": (
+        "(Tensor grad_output, Tensor input, Tensor[] weights, Tensor? output, Tensor saved,"
+        " int output_mask) -> Tensor[]"
+    ),
+    "mlp_compiled_evaluate": (
+        "(Tensor input, Tensor[] parameters, Tensor[] buffers, int[] layout, float[] options)"
+        " -> Tensor"
+    ),
 }
 
 # Forward without what backward wants to know: two small tensors fewer are a microsecond, a third of
@@ -180,6 +198,14 @@ PUBLIC_SCHEMAS = {
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float[] dropout_p,"
         " Tensor? seed=None, float momentum=0.1, float eps=1e-05, float negative_slope=0.01,"
         " *, Tensor(c!)? num_batches_tracked=None, str? compiled_for=None) -> Tensor"
+    ),
+    # Linear layers in a row, for tracers: activations by number; of the batch norms behind
+    # `normed_layers` weight and bias, then running mean, running variance and batch counter.
+    "mlp": (
+        "(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations,"
+        " float[] negative_slopes, float[] dropout_p, int[] normed_layers,"
+        " Tensor?[] norm_parameters, Tensor(a!)?[] norm_buffers, bool[] norm_training,"
+        " float[] momentum, float[] eps, *, str? compiled_for=None) -> Tensor"
     ),
 }
 

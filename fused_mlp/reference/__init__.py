@@ -17,6 +17,11 @@ from .batch_norm_act import (
     batch_norm_leaky_relu_formula,
     linear_batch_norm_act,
 )
+from .compiled import (
+    mlp_compiled,
+    mlp_compiled_backward,
+    mlp_compiled_evaluate,
+)
 from .linear_act import (
     activate_and_drop,
     linear_act,
@@ -59,6 +64,9 @@ __all__ = [
     "linear_relu",
     "linear_relu_backward",
     "linear_relu_formula",
+    "mlp_compiled",
+    "mlp_compiled_backward",
+    "mlp_compiled_evaluate",
     "normalize",
     "normalize_backward",
     "normalize_formula",

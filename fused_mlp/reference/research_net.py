@@ -13,13 +13,8 @@ from .batch_norm_act import (
     batch_norm_leaky_relu_backward,
     batch_norm_leaky_relu_formula,
 )
+from .compiled import refuse
 from .linear_act import dropout, linear_relu_backward
-
-# A graph holds what one backend keeps for backward.
-_COMPILED = (
-    "research_net(): this graph was compiled for the native CPU backend, which does not run now; "
-    "compile again after torch.compiler.reset()"
-)
 
 
 def _hidden_activations(
@@ -151,7 +146,7 @@ def research_net_backward(
 def research_net_compiled(
     input: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], options: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    raise RuntimeError(_COMPILED)
+    refuse("research_net")
 
 
 def research_net_compiled_backward(
@@ -161,7 +156,7 @@ def research_net_compiled_backward(
     saved: Tensor,
     output_mask: int,
 ) -> list[Tensor]:
-    raise RuntimeError(_COMPILED)
+    refuse("research_net")
 
 
 def research_net_compiled_evaluate(
