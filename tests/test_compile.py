@@ -11,8 +11,15 @@ import sys
 import pytest
 import torch
 import torch._functorch.config
-import torch._inductor.config
 import torch.utils.checkpoint
+from support.compiling import (
+    SAVING_MEMORY,
+    Compiled,
+    kernels_of,
+    nothing_compiled,  # noqa: F401
+    save_matrix_products,
+    save_nothing,
+)
 from support.drop_in import KINDS, drop_in, rows
 from support.networks import assert_same_step
 from torch import nn
@@ -21,38 +28,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fused_mlp import FusedResearchNet, use_backend
 from fused_mlp.backends import active_backend
 
-pytestmark = pytest.mark.usefixtures("target")
+pytestmark = pytest.mark.usefixtures("target", "nothing_compiled")
 kinds = pytest.mark.parametrize("kind", KINDS)
 modes = pytest.mark.parametrize("mode", ["train", "eval"])
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled():
-    """A graph compiled over one backend, from torch's caches too, does not fit the other."""
-    torch.compiler.reset()
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        yield
 
 
 def pair_in(kind, mode, device, dropout=0.0):
     eager, fused = drop_in(kind, dropout, device=device)
     return eager.train(mode == "train"), fused.train(mode == "train")
-
-
-class Compiled(torch.nn.Module):
-    """A network that runs compiled under its own parameter names."""
-
-    def __init__(self, net, **options):
-        super().__init__()
-        self.call = torch.compile(net, fullgraph=True, **options)
-        self.named_parameters = net.named_parameters
-        self.named_buffers = net.named_buffers
-
-    def forward(self, input):
-        return self.call(input)
 
 
 @kinds
@@ -150,15 +133,6 @@ def test_compiled_dropout_follows_the_module_through_a_whole_step(device, in_eva
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-def save_nothing(ctx, op, *args, **kwargs):
-    return torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def save_matrix_products(ctx, op, *args, **kwargs):
-    policy = torch.utils.checkpoint.CheckpointPolicy
-    return policy.MUST_SAVE if op == torch.ops.aten.mm.default else policy.MUST_RECOMPUTE
-
-
 @kinds
 @pytest.mark.parametrize(
     ("policy", "backend"),
@@ -188,12 +162,7 @@ def test_checkpoint_inside_a_graph_repeats_the_dropout_mask(kind, policy, backen
 
 
 @kinds
-@pytest.mark.parametrize(
-    "option",
-    [{"activation_memory_budget": 0.0}, {"activation_memory_budget": 0.3},
-     {"aggressive_recomputation": True}, {"ban_recompute_not_in_allowlist": False}],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("option", SAVING_MEMORY, ids=str)
 def test_a_partitioner_that_saves_memory_keeps_the_dropout_mask(kind, option, device):
     _, fused = pair_in(kind, "train", device, dropout=0.5)
     results = []
@@ -222,11 +191,8 @@ def test_module_compiled_in_place_runs_the_fused_ops(kind, device):
     eager, fused = pair_in(kind, "train", device)
     fused.compile(fullgraph=True, backend="aot_eager")
     assert_same_step(eager, fused, rows(device=device), rtol=1e-3, atol=1e-4)
-    with torch.profiler.profile() as profile:
-        fused(rows(device=device))
-    seen = [event.name for event in profile.events()]
-    kernels = [name for name in seen if name.startswith("fused_mlp_kernels::")]
-    assert [name.split("::")[1].removesuffix("_compiled") for name in kernels] == KINDS[kind]
+    kernels = kernels_of(fused, rows(device=device))
+    assert [name.removesuffix("_compiled") for name in kernels] == KINDS[kind]
 
 
 @kinds
@@ -350,12 +316,6 @@ def test_backward_of_a_graph_knows_the_vectors_of_its_forward(hidden, device):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def kernels_of(net, x):
-    with torch.profiler.profile() as profile:
-        net(x)
-    return [event.name for event in profile.events() if "fused_mlp_kernels::" in event.name]
-
-
 @modes
 def test_graph_holds_the_librarys_own_op(mode, device):
     if (device.type, active_backend("cpu")) != ("cpu", "native"):
@@ -365,7 +325,7 @@ def test_graph_holds_the_librarys_own_op(mode, device):
     with torch.set_grad_enabled(mode == "train"):
         compiled(rows())
         op = "research_net_compiled" + ("" if mode == "train" else "_evaluate")
-        assert kernels_of(compiled, rows()) == [f"fused_mlp_kernels::{op}"]
+        assert kernels_of(compiled, rows()) == [op]
         with use_backend("reference"):
             outputs = []
             for net in (compiled, fused):
@@ -376,17 +336,23 @@ def test_graph_holds_the_librarys_own_op(mode, device):
 
 STEP = """
 import torch
-from fused_mlp import FusedResearchNet
+from torch import nn
+from fused_mlp import FusedResearchNet, FusedSequential
 torch.manual_seed(0)
-net = FusedResearchNet(10, [16, 8], 3, dropout=0.0)
+net = {net}
 step = torch.compile(net, fullgraph=True)
 step(torch.randn(32, 10)).sum().backward()
-print(net.research_layers[0].weight.grad.sum().item())
+print(next(net.parameters()).grad.sum().item())
 """
 
 
 @pytest.mark.slow
-def test_caches_on_disk_know_what_a_graph_was_made_for(tmp_path, device):
+@pytest.mark.parametrize(
+    "net",
+    ["FusedResearchNet(10, [16, 8], 3, dropout=0.0)",
+     "FusedSequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))"],
+)  # fmt: skip
+def test_caches_on_disk_know_what_a_graph_was_made_for(net, tmp_path, device):
     """What forward keeps for backward differs from backend to backend."""
     if (device.type, active_backend("cpu")) != ("cpu", "native"):
         pytest.skip("runs each backend of the CPU in processes of its own")
@@ -394,7 +360,7 @@ def test_caches_on_disk_know_what_a_graph_was_made_for(tmp_path, device):
     for backend in ("native", "reference", "native"):
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "FUSED_MLP_BACKEND": backend}
         done = subprocess.run(
-            [sys.executable, "-c", STEP],
+            [sys.executable, "-c", STEP.format(net=net)],
             env={**os.environ, **environment},
             capture_output=True,
             text=True,

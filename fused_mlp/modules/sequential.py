@@ -11,15 +11,19 @@ from ..ops import nested
 from . import tracing
 from .cache import CachingModule
 from .groups import Step, make_step, make_whole
+from .layers import BatchNormLeakyReLU, LinearReLU
 from .patterns import (
     BATCH_NORM_ACT,
     BATCH_NORM_LEAKY_RELU,
+    BATCH_NORMS,
     LINEAR_ACT,
     LINEAR_BATCH_NORM_ACT,
     LINEAR_RELU,
+    MLP,
     RESEARCH_NET,
     Run,
     find_runs,
+    linear_runs,
 )
 from .prepared import PreparedNet
 
@@ -130,8 +134,10 @@ def run_ready(
     return output
 
 
-# What ``find_runs`` found, with the modules' positions in their place.
-_Positions = tuple[str, tuple[int, ...], tuple["_Positions", ...]]
+# What ``find_runs`` found, with the modules' positions in their place, and of a chain of Linear
+# layers the modules of each.
+_Places = tuple[int, ...]
+_Positions = tuple[str, _Places, tuple["_Positions", ...], tuple[_Places, ...]]
 
 
 def _run_traced(modules: list[nn.Module], input: Any) -> Any:
@@ -151,31 +157,42 @@ def _find_positions(*kinds: type[nn.Module]) -> tuple[_Positions, ...]:
     stand_ins = [object.__new__(kind) for kind in kinds]
     positions = {id(module): position for position, module in enumerate(stand_ins)}
 
+    def places(run: Run) -> _Places:
+        return tuple(positions[id(module)] for module in run.modules)
+
     def describe(run: Run) -> _Positions:
-        places = tuple(positions[id(module)] for module in run.modules)
-        return run.op, places, tuple(map(describe, run.parts))
+        linears = tuple(map(places, linear_runs(run))) if run.op == MLP else ()
+        return run.op, places(run), tuple(map(describe, run.parts)), linears
 
     return tuple(map(describe, find_runs(stand_ins)))
 
 
 def _trace(run: _Positions, children: list[nn.Module], input: Any) -> Any:
-    op, places, parts = run
+    op, places, parts, linears = run
     modules: Any = [children[place] for place in places]
     output = None
     if not tracing.hooked(modules):
         if op == RESEARCH_NET:
             ordered: Any = [[children[place] for place in part[1]] for part in parts]
             *hidden, before_norm, norm, last = ordered
-            linears = [part[0] for part in (*hidden, before_norm, last)]
+            layers = [part[0] for part in (*hidden, before_norm, last)]
             p = [_probability(part) for part in hidden]
-            output = tracing.research_net(linears, p, norm[0], norm[-1].negative_slope, input)
+            output = tracing.research_net(layers, p, norm[0], norm[-1].negative_slope, input)
+        elif op == MLP:
+            chain = [_read_layer([children[place] for place in layer]) for layer in linears]
+            output = tracing.mlp(chain, input)
         elif op in (LINEAR_RELU, LINEAR_ACT) and len(modules) > 1:
             output = tracing.linear_act(modules[0], tracing.read_behind(modules[1:]), input)
         elif op == BATCH_NORM_ACT or (op == BATCH_NORM_LEAKY_RELU and len(modules) > 1):
             output = tracing.batch_norm_act(modules[0], tracing.read_behind(modules[1:]), input)
         elif op == LINEAR_BATCH_NORM_ACT:
-            linear, norm, *rest = modules
-            output = tracing.linear_batch_norm_act(linear, norm, tracing.read_behind(rest), input)
+            # In training the op of a chain takes 0.84 of the step with a product and a batch norm's
+            # op; for other single layers it would take 1.02 to 1.1 of it.
+            layer = _read_layer(modules)
+            if modules[1].training:
+                output = tracing.mlp([layer], input)
+            else:
+                output = tracing.linear_batch_norm_act(*layer, input)
     if output is not None:
         return output
     if parts:
@@ -185,6 +202,19 @@ def _trace(run: _Positions, children: list[nn.Module], input: Any) -> Any:
         for module in modules:
             input = module(input)
     return input
+
+
+def _read_layer(modules: list[Any]) -> tuple[Any, Any, tracing.Behind]:
+    """Return a Linear, the batch norm behind it or None, and what stands behind both."""
+    linear, *rest = modules
+    if type(linear) is LinearReLU:
+        return linear, None, ("relu", {}, _probability(modules))
+    if not rest or type(rest[0]) not in (*BATCH_NORMS, BatchNormLeakyReLU):
+        return linear, None, tracing.read_behind(rest)
+    norm, *rest = rest
+    if type(norm) is BatchNormLeakyReLU:
+        return linear, norm, ("leaky_relu", {"negative_slope": norm.negative_slope}, 0.0)
+    return linear, norm, tracing.read_behind(rest)
 
 
 def _probability(modules: Any) -> float:

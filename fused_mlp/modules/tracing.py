@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from .. import backends
+from .. import activations, backends, on_chip
 from .._version import __version__
 from ..ops._common import FLOATING
 from .norm import SynchronizedForward
@@ -154,6 +154,56 @@ def research_net(
         norm.momentum or 0.0, norm.eps, negative_slope, num_batches_tracked=tracked,
         compiled_for=None if torch.compiler.is_exporting() else _compiled_for(input.device.type),
     )  # fmt: skip
+
+
+def mlp(layers: Sequence[tuple[Any, Any, Behind]], input: Tensor) -> Tensor | None:
+    """Return the output of Linear layers in a row, where one op of a graph may run them.
+
+    Args:
+        layers: of each the Linear, the batch norm behind it or None, and what stands behind both.
+    """
+    if torch.compiler.is_exporting() or not on_chip.may_fit_mlp(input) or input.dim() == 0:
+        return None
+    if _backend(input.device.type, backends._chosen) != "native":
+        return None
+    features = input.shape[-1]
+    norms: list[tuple[int, Any, Any]] = []
+    for layer, (linear, norm, _) in enumerate(layers):
+        if not _chained(input, linear.weight, linear.bias, features):
+            return None
+        features = linear.weight.shape[0]
+        if norm is not None:
+            state = _norm_state(norm)
+            if state is None or input.dim() != 2 or features != norm.num_features:
+                return None
+            if state[3] and input.shape[0] < 2:
+                return None
+            norms.append((layer, norm, state))
+    return torch.ops.fused_mlp.mlp(
+        input,
+        [linear.weight for linear, _, _ in layers],
+        [linear.bias for linear, _, _ in layers],
+        [_number(name, options.get("approximate", "none")) for _, _, (name, options, _) in layers],
+        [options.get("negative_slope", 0.0) for _, _, (_, options, _) in layers],
+        [p for _, _, (_, _, p) in layers],
+        [layer for layer, _, _ in norms],
+        [parameter for _, norm, _ in norms for parameter in (norm.weight, norm.bias)],
+        [buffer for _, _, state in norms for buffer in state[:3]],
+        [state[3] for _, _, state in norms],
+        [norm.momentum or 0.0 for _, norm, _ in norms],
+        [norm.eps for _, norm, _ in norms],
+        compiled_for=_compiled_for(input.device.type),
+    )
+
+
+@torch.compiler.assume_constant_result
+def _backend(device: str, chosen: str) -> str:
+    return backends.active_backend(device)
+
+
+@torch.compiler.assume_constant_result
+def _number(activation: str, approximate: str) -> int:
+    return activations.number("mlp", activation, approximate)
 
 
 def _compiled_for(device: str) -> str:
