@@ -26,8 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_compile_shows_what_compiling_adds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", "--smoke"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
-    assert [row[0].strip() for row in rows] == ["mode", "---", "train", "eval"]
-    assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:3])
+    assert [row[0].strip() for row in rows] == [
+        "network", "---", *["research_net"] * 2, *["MLP, Tanh"] * 2
+    ]  # fmt: skip
+    assert [row[1].strip() for row in rows[2:]] == ["train", "eval"] * 2
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[2:4])
 
 
 def test_train_step_prints_a_line_for_every_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
