@@ -23,6 +23,8 @@ atexit.register(shutil.rmtree, _caches, ignore_errors=True)
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch._functorch.config  # noqa: E402
+import torch._inductor.config  # noqa: E402
 from support.processes import Processes  # noqa: E402
 
 from fused_mlp import backends  # noqa: E402
@@ -98,6 +100,24 @@ def _same_state() -> Iterator[None]:
 def all_threads(_same_state: None) -> None:
     """Run the test on several threads, two at least."""
     torch.set_num_threads(max(2, _THREADS))
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """A graph compiled over one backend, from torch's caches too, does not fit the other."""
+    torch.compiler.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+@pytest.fixture
+def native(device: torch.device) -> None:
+    """Skip where the CPU library does not run, which alone has ops of its own for graphs."""
+    if (device.type, backends.active_backend("cpu")) != ("cpu", "native"):
+        pytest.skip("only the CPU library has these ops")
 
 
 @pytest.fixture(scope="session")

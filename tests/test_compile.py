@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch._functorch.config
-import torch.utils.checkpoint
 from support.compiling import (
     SAVING_MEMORY,
     Compiled,
+    gradients_kept_and_checkpointed,
+    gradients_of_module_and_graph,
+    gradients_with_vectors_written,
     kernels_of,
-    nothing_compiled,  # noqa: F401
+    penalty_gradients,
     save_matrix_products,
     save_nothing,
+    steps_of_module_and_graph,
 )
 from support.drop_in import KINDS, drop_in, rows
 from support.networks import assert_same_step
@@ -141,37 +142,16 @@ def test_compiled_dropout_follows_the_module_through_a_whole_step(device, in_eva
 )  # fmt: skip
 def test_checkpoint_inside_a_graph_repeats_the_dropout_mask(kind, policy, backend, device):
     _, fused = pair_in(kind, "train", device, dropout=0.5)
-    options = {"use_reentrant": False}
-    if policy is not None:
-        options["context_fn"] = functools.partial(
-            torch.utils.checkpoint.create_selective_checkpoint_contexts, policy
-        )
-
-    def step(x, keep):
-        run = functools.partial(torch.utils.checkpoint.checkpoint, fused, **options)
-        return (fused if keep else run)(x.sin()).square().sum()
-
-    gradients = []
-    for keep in (True, False):
-        torch.manual_seed(11)
-        x = rows(device=device).requires_grad_()
-        fused.zero_grad()
-        torch.compile(step, fullgraph=True, backend=backend)(x, keep).backward()
-        gradients.append([x.grad, *(p.grad for p in fused.parameters())])
-    torch.testing.assert_close(gradients[1], gradients[0])
+    kept, repeated = gradients_kept_and_checkpointed(fused, policy, backend, device)
+    torch.testing.assert_close(repeated, kept)
 
 
 @kinds
 @pytest.mark.parametrize("option", SAVING_MEMORY, ids=str)
 def test_a_partitioner_that_saves_memory_keeps_the_dropout_mask(kind, option, device):
     _, fused = pair_in(kind, "train", device, dropout=0.5)
-    results = []
-    for net in (copy.deepcopy(fused), Compiled(copy.deepcopy(fused), backend="aot_eager")):
-        torch.manual_seed(11)
-        with torch._functorch.config.patch(option):
-            net(rows(device=device)).square().sum().backward()
-        results.append([p.grad for _, p in net.named_parameters()])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    module, graph = gradients_of_module_and_graph(fused, option, device)
+    torch.testing.assert_close(graph, module, rtol=1e-4, atol=1e-5)
 
 
 @kinds
@@ -208,15 +188,8 @@ def test_compiled_gradient_penalty_in_an_eager_backward_is_refused_as_for_eager(
 
 @kinds
 def test_a_graph_that_runs_eagerly_is_differentiated_twice(kind, device):
-    results = []
-    for net in pair_in(kind, "train", device):
-        net.double()
-        compiled = torch.compile(net, fullgraph=True, backend="eager")
-        x = rows(device=device).double().requires_grad_()
-        (slope,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
-        slope.square().sum().backward()
-        results.append([x.grad, *(p.grad for p in net.parameters())])
-    torch.testing.assert_close(results[1], results[0])
+    eager, fused = pair_in(kind, "train", device)
+    torch.testing.assert_close(penalty_gradients(fused, device), penalty_gradients(eager, device))
 
 
 def test_other_children_compile_again(device):
@@ -274,52 +247,20 @@ def test_compiled_step_is_the_modules_step(what, hidden, backend, device):
     """Bit by bit where both run the kernels of one library: outputs, gradients, buffers, masks."""
     torch.manual_seed(0)
     fused = change(FusedResearchNet(10, hidden, 5, dropout=0.4, device=device), what)
-    dtype = next(fused.parameters()).dtype
-    compiled = copy.deepcopy(fused)
-    results = []
-    for net in (fused, Compiled(compiled, backend=backend)):
-        torch.manual_seed(11)
-        found = []
-        for _ in range(2):
-            x = rows(device=device).to(dtype).requires_grad_()
-            net(x).square().sum().backward()
-            found.append(x.grad)
-        results.append(found)
-    for net, found in zip((fused, compiled), results, strict=True):
-        found += [p.grad for p in net.parameters()] + list(net.buffers())
-        with torch.no_grad():
-            evaluate = net.eval()
-            if net is compiled:
-                evaluate = torch.compile(net, fullgraph=True, backend=backend)
-            found.append(evaluate(rows(device=device).to(dtype)))
+    module, graph = steps_of_module_and_graph(fused, backend, device)
     exact = {"rtol": 0, "atol": 0} if active_backend(device.type) == "native" else {}
-    torch.testing.assert_close(results[1], results[0], **exact)
+    torch.testing.assert_close(graph, module, **exact)
 
 
 @pytest.mark.parametrize("hidden", [[16, 12], [12]])
-def test_backward_of_a_graph_knows_the_vectors_of_its_forward(hidden, device):
+def test_backward_of_a_graph_knows_the_vectors_of_its_forward(hidden, native):
     """Forward copies them, so that a change in between makes no difference."""
-    if (device.type, active_backend("cpu")) != ("cpu", "native"):
-        pytest.skip("only the CPU library has these ops")
-    net = FusedResearchNet(10, hidden, 5, dropout=0.4)
-    compiled = Compiled(net, backend="aot_eager")
-    found = []
-    for changed in (False, True):
-        torch.manual_seed(3)
-        loss = compiled(rows()).square().sum()
-        if changed:
-            with torch.no_grad():
-                for parameter in net.parameters():
-                    if parameter.dim() == 1:
-                        parameter.mul_(2)
-        found.append(torch.autograd.grad(loss, list(net.parameters())))
+    found = gradients_with_vectors_written(FusedResearchNet(10, hidden, 5, dropout=0.4))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @modes
-def test_graph_holds_the_librarys_own_op(mode, device):
-    if (device.type, active_backend("cpu")) != ("cpu", "native"):
-        pytest.skip("only the CPU library has these ops")
+def test_graph_holds_the_librarys_own_op(mode, device, native):
     _, fused = pair_in("FusedResearchNet", mode, device, dropout=0.5)
     compiled = torch.compile(fused, fullgraph=True)
     with torch.set_grad_enabled(mode == "train"):

@@ -3,79 +3,51 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
-from mlp_fixtures import layers, norm_layers
+from mlp_fixtures import (
+    CHAINS,
+    chains,
+    layers,
+    make_chain,
+    norm_layers,
+    steep,
+    tanh_last,
+    with_network,
+)
 from support import MULTIPLIES_BFLOAT16
 from support.compiling import (
     SAVING_MEMORY,
     Compiled,
-    kernels_of,
-    nothing_compiled,  # noqa: F401
+    gradients_kept_and_checkpointed,
+    gradients_of_module_and_graph,
+    gradients_with_vectors_written,
+    penalty_gradients,
     save_matrix_products,
     save_nothing,
+    steps_of_module_and_graph,
 )
 from support.drop_in import rows
-from support.networks import assert_same_step, network_layers, pair
+from support.networks import assert_same_step, pair
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fused_mlp import BatchNormLeakyReLU, FusedSequential, LinearReLU, use_backend
+from fused_mlp import FusedSequential
 from fused_mlp.backends import active_backend
-from fused_mlp.ops.compiled_mlp import MLPCompiledFunction
 
 pytestmark = pytest.mark.usefixtures("target", "nothing_compiled")
-
-
-def with_network(dropout: float = 0.0) -> list[nn.Module]:
-    """A chain that holds all of research_net's layers, its norm and LeakyReLU in one module."""
-    *before, _, _, last = network_layers((16, 12, 9, 6), dropout)
-    return [nn.Linear(10, 16), nn.SiLU(), *before, BatchNormLeakyReLU(9), last, nn.Linear(6, 3)]
-
-
-def tanh_last(dropout: float = 0.0) -> list[nn.Module]:
-    """The derivative of the last layer comes from the output."""
-    return [LinearReLU(10, 7, dropout=dropout), nn.Linear(7, 5), nn.Tanh()]
-
-
-def steep(dropout: float = 0.0) -> list[nn.Module]:
-    """LeakyReLU of a negative slope, whose derivative its output does not tell; a norm at the end.
-
-    There is a dropout behind the norm that drops nothing at first.
-    """
-    return [
-        nn.Linear(10, 300), nn.LeakyReLU(-0.3), nn.Dropout(dropout),
-        nn.Linear(300, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Dropout(dropout),
-    ]  # fmt: skip
-
-
-CHAINS = [layers, norm_layers, with_network, tanh_last, steep]
-chains = pytest.mark.parametrize("make", CHAINS)
 modes = pytest.mark.parametrize("mode", ["train", "eval"])
-
-
-def chain(make, device, dropout=0.0, **options):
-    torch.manual_seed(0)
-    return FusedSequential(*make(dropout)).to(device, **options)
 
 
 def runs_native(device) -> bool:
     return (device.type, active_backend("cpu")) == ("cpu", "native")
 
 
-@pytest.fixture
-def native(device):
-    if not runs_native(device):
-        pytest.skip("only the CPU library has these ops")
-
-
 @chains
 @modes
 def test_no_graph_break_and_one_op(make, mode, device):
-    fused = chain(make, device).train(mode == "train")
+    fused = make_chain(make, device).train(mode == "train")
     explained = torch._dynamo.explain(fused)(rows(device=device))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
     calls = [str(n.target) for graph in explained.graphs for n in graph.graph.nodes]
@@ -156,30 +128,12 @@ WHOLE = {"nothing", "norms in evaluation", "a norm in evaluation", "frozen", "al
 )
 def test_compiled_step_is_the_modules_step(make, what, backend, device):
     """Bit by bit where one op runs in both: outputs, gradients, buffers, masks."""
-    fused = change(chain(make, device, dropout=0.4), what)
-    dtype = next(fused.parameters()).dtype
-    compiled = copy.deepcopy(fused)
-    results = []
-    for net in (fused, Compiled(compiled, backend=backend)):
-        torch.manual_seed(11)
-        found = []
-        for _ in range(2):
-            x = rows(device=device).to(dtype).requires_grad_()
-            output = net(x)
-            output.square().sum().backward()
-            found += [output, x.grad]
-        results.append(found)
-    for net, found in zip((fused, compiled), results, strict=True):
-        found += [p.grad for p in net.parameters()] + list(net.buffers())
-        with torch.no_grad():
-            evaluate = net.eval()
-            if net is compiled:
-                evaluate = torch.compile(net, fullgraph=True, backend=backend)
-            found.append(evaluate(rows(device=device).to(dtype)))
+    fused = change(make_chain(make, device, dropout=0.4), what)
+    module, graph = steps_of_module_and_graph(fused, backend, device)
     if runs_native(device) and what in WHOLE:
-        torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
-    elif dtype == torch.float32:  # op by op, in half precision with other roundings
-        torch.testing.assert_close(results[1][-1], results[0][-1])
+        torch.testing.assert_close(graph, module, rtol=0, atol=0)
+    elif module[-1].dtype == torch.float32:  # op by op, in half precision with other roundings
+        torch.testing.assert_close(graph[-1], module[-1])
 
 
 @chains
@@ -187,7 +141,7 @@ def test_the_seed_of_op_by_op_is_that_of_one_op(make, device):
     """Where a graph may repeat a call in backward, its layers have ops of their own."""
     results = []
     for option in ({}, {"activation_memory_budget": 0.5}):
-        fused = chain(make, device, dropout=0.5)
+        fused = make_chain(make, device, dropout=0.5)
         torch.manual_seed(11)
         with torch._functorch.config.patch(option):
             step = Compiled(fused, backend="aot_eager")
@@ -214,36 +168,17 @@ def test_a_chain_that_no_op_takes_whole_draws_a_seed_a_layer(make, count, device
 @chains
 @pytest.mark.parametrize("policy", [None, save_nothing, save_matrix_products])
 def test_checkpoint_inside_a_graph_repeats_the_dropout_mask(make, policy, device):
-    fused = chain(make, device, dropout=0.5)
-    options = {"use_reentrant": False}
-    if policy is not None:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
-
-    def step(x, keep):
-        run = functools.partial(checkpoint, fused, **options)
-        return (fused if keep else run)(x.sin()).square().sum()
-
-    gradients = []
-    for keep in (True, False):
-        torch.manual_seed(11)
-        x = rows(device=device).requires_grad_()
-        fused.zero_grad()
-        torch.compile(step, fullgraph=True, backend="aot_eager")(x, keep).backward()
-        gradients.append([x.grad, *(p.grad for p in fused.parameters())])
+    fused = make_chain(make, device, dropout=0.5)
+    kept, repeated = gradients_kept_and_checkpointed(fused, policy, "aot_eager", device)
     if runs_native(device):  # elsewhere every layer draws its own seed
-        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(repeated, kept, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("option", SAVING_MEMORY, ids=str)
-def test_a_partitioner_that_saves_memory_keeps_the_dropout_mask(option, native):
-    fused = chain(norm_layers, "cpu", dropout=0.5)
-    results = []
-    for net in (copy.deepcopy(fused), Compiled(copy.deepcopy(fused), backend="aot_eager")):
-        torch.manual_seed(11)
-        with torch._functorch.config.patch(option):
-            net(rows()).square().sum().backward()
-        results.append([p.grad for _, p in net.named_parameters()])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+def test_a_partitioner_that_saves_memory_keeps_the_dropout_mask(option, device, native):
+    fused = make_chain(norm_layers, device, dropout=0.5)
+    module, graph = gradients_of_module_and_graph(fused, option, device)
+    torch.testing.assert_close(graph, module, rtol=1e-3, atol=1e-4)
 
 
 def masking(p: float, norm: bool) -> FusedSequential:
@@ -322,23 +257,12 @@ def test_two_calls_before_backward(backend, device):
 @chains
 def test_vectors_may_be_written_between_forward_and_backward(make, native):
     """No gradient depends on a bias, and forward copies what it needs of a batch norm."""
-    net = chain(make, "cpu", dropout=0.4)
-    compiled = Compiled(net, backend="aot_eager")
-    found = []
-    for changed in (False, True):
-        torch.manual_seed(3)
-        loss = compiled(rows()).square().sum()
-        if changed:
-            with torch.no_grad():
-                for parameter in net.parameters():
-                    if parameter.dim() == 1:
-                        parameter.mul_(2)
-        found.append(torch.autograd.grad(loss, list(net.parameters())))
+    found = gradients_with_vectors_written(make_chain(make, "cpu", dropout=0.4))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_a_weight_written_between_forward_and_backward_is_an_error(device):
-    net = chain(layers, device)
+    net = make_chain(layers, device)
     loss = torch.compile(net, fullgraph=True, backend="aot_eager")(rows(device=device)).sum()
     with torch.no_grad():
         net[3].weight.mul_(2)
@@ -347,16 +271,9 @@ def test_a_weight_written_between_forward_and_backward_is_an_error(device):
 
 
 def test_a_graph_that_runs_eagerly_is_differentiated_twice(device):
-    results = []
     torch.manual_seed(0)
-    for net in pair(norm_layers()):
-        net.to(device).double()
-        compiled = torch.compile(net, fullgraph=True, backend="eager")
-        x = rows(device=device).double().requires_grad_()
-        (slope,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
-        slope.square().sum().backward()
-        results.append([x.grad, *(p.grad for p in net.parameters())])
-    torch.testing.assert_close(results[1], results[0])
+    eager, fused = (net.to(device) for net in pair(norm_layers()))
+    torch.testing.assert_close(penalty_gradients(fused, device), penalty_gradients(eager, device))
 
 
 def test_modules_that_stand_twice_in_a_chain(device):
@@ -385,94 +302,3 @@ def test_parameters_given_to_a_functional_call(dynamic, device):
         output.square().sum().backward()
         results.append([output, *(t.grad for t in leaves.values())])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
-
-
-def test_gradients_of_more_layers_than_a_number_has_bits_for(native):
-    for count, kernels in ((30, ["mlp_compiled"]), (31, ["linear_act"] * 31)):
-        eager, fused = pair([m for _ in range(count) for m in (nn.Linear(10, 10), nn.SiLU())])
-        compiled = Compiled(fused, backend="aot_eager")
-        assert_same_step(eager, compiled, rows())
-        assert kernels_of(compiled, rows()) == kernels
-
-
-# ----------------------------------------------------------------- which kernels a graph runs
-
-
-@modes
-@chains
-def test_graph_holds_the_librarys_own_op(mode, make, native):
-    fused = chain(make, "cpu", dropout=0.5).train(mode == "train")
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(mode == "train"):
-        compiled(rows())
-        op = "mlp_compiled" + ("" if mode == "train" else "_evaluate")
-        assert kernels_of(compiled, rows()) == [op]
-        with use_backend("reference"):
-            x = rows()
-            if mode == "eval":
-                torch.testing.assert_close(compiled(x), fused(x))  # compiled again
-            assert not [k for k in kernels_of(compiled, x) if k.startswith("mlp")]
-
-
-@pytest.mark.parametrize(
-    ("make", "training", "kernels"),
-    [
-        (lambda: [nn.Linear(10, 6), nn.Tanh()], True, ["linear_act"]),
-        (lambda: [nn.Linear(10, 6), nn.ReLU()], True, ["linear_relu"]),
-        (lambda: [nn.Linear(10, 6), nn.BatchNorm1d(6), nn.ReLU()], True, ["mlp_compiled"]),
-        (
-            lambda: [nn.Linear(10, 6), nn.BatchNorm1d(6), nn.ReLU()],
-            False,
-            ["linear_batch_norm_act"],
-        ),
-    ],
-)
-def test_single_layers_have_the_op_that_is_the_fastest(make, training, kernels, native):
-    net = FusedSequential(*make()).train(training)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(training):
-        compiled(rows())
-        assert kernels_of(compiled, rows()) == kernels
-
-
-def test_a_hook_on_a_child_runs(native):
-    net = chain(layers, "cpu")
-    seen = []
-    net[1].register_forward_hook(lambda module, given, output: seen.append(output.shape))
-    compiled = torch.compile(net, backend="aot_eager")
-    torch.testing.assert_close(compiled(rows()), net(rows()))
-    assert len(seen) == 2
-    assert "mlp_compiled" not in kernels_of(compiled, rows())
-
-
-def test_autocast_and_export_have_what_they_had(native):
-    net = chain(norm_layers, "cpu").eval()
-    exported = torch.export.export(net, (rows(),)).graph_module.graph.nodes
-    ops = [str(n.target) for n in exported if str(n.target).startswith("fused_mlp")]
-    assert ops == [
-        "fused_mlp.linear_batch_norm_act.default", "fused_mlp.linear_act.default",
-        "fused_mlp.linear_batch_norm_act.default",
-    ]  # fmt: skip
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        output, expected = compiled(rows()), nn.Sequential(*net)(rows())
-        assert output.dtype == expected.dtype == torch.bfloat16
-        torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
-        assert kernels_of(compiled, rows()) == []
-
-
-def test_backward_takes_neither_biases_nor_vectors_of_batch_norms(native):
-    """A graph that keeps a tensor for backward pays a microsecond a step for it."""
-    kept = []
-    save = MLPCompiledFunction.forward
-
-    def forward(ctx, *arguments):
-        output = save(ctx, *arguments)
-        kept.append([t for t in ctx.to_save if t is not None])
-        return output
-
-    net = chain(norm_layers, "cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MLPCompiledFunction, "forward", staticmethod(forward))
-        Compiled(net, backend="aot_eager")(rows())
-    assert [t.dim() for t in kept[-1]] == [2] * 5 + [1]  # input, weights, saved
