@@ -21,7 +21,7 @@ from fused_mlp import FusedResearchNet, FusedSequential
 from fused_mlp.modules.groups import make_whole
 from fused_mlp.modules.patterns import find_runs
 from fused_mlp.modules.prepared import Prepared
-from fused_mlp.ops import compiled, compiled_mlp
+from fused_mlp.ops import compiled_mlp, compiled_research_net
 
 from .cases import REFERENCE
 
@@ -146,7 +146,7 @@ SUBJECTS = (
         lambda: FusedResearchNet(REFERENCE[0], REFERENCE[1:-1], REFERENCE[-1]),
         lambda net: list(net.research_layers),
         "research_net",
-        (compiled, "ResearchNetCompiledFunction"),
+        (compiled_research_net, "ResearchNetCompiledFunction"),
         _NetworkKeepsAll,
         "{grad}, {input}, {saved}",
     ),

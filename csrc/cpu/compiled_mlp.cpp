@@ -1,6 +1,6 @@
-// A chain of Linear layers for compiled graphs: as for a whole network (compiled.cpp), few tensors
-// and lists, and what backward wants to know beside input, weights and output at the end of
-// `saved`.
+// A chain of Linear layers for compiled graphs: as for a whole network (compiled_research_net.cpp),
+// few tensors and lists, and what backward wants to know beside input, weights and output at the
+// end of `saved`.
 
 #include <cstring>
 #include <iterator>
@@ -91,7 +91,7 @@ Mlp without_tensors(const Plan& plan) {
 }
 
 // The chain of weights, biases, and weights and biases of the batch norms, as far as there are any.
-// They are moved there, as in compiled.cpp.
+// They are moved there, as in compiled_research_net.cpp.
 Mlp mlp_of(const Plan& plan, std::vector<Tensor>& parameters, std::vector<Tensor>& buffers) {
   size_t expected = 0, expected_buffers = 0;
   for (int64_t layer : plan.layers) {

@@ -117,7 +117,7 @@ StableIValue mlp_prepared_backward(const Tensor& grad_output, const Tensor& inpu
                                    const std::optional<Tensor>& output, const Tensor& saved,
                                    const Tensor& mlp, std::optional<std::vector<bool>> output_mask);
 
-// A network as compiled graphs call it (compiled.cpp); the lists are emptied.
+// A network as compiled graphs call it (compiled_research_net.cpp); the lists are emptied.
 std::tuple<Tensor, Tensor> research_net_compiled(const Tensor& input,
                                                  std::vector<Tensor>& parameters,
                                                  std::vector<Tensor>& buffers,

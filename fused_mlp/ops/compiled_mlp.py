@@ -1,8 +1,9 @@
-"""``mlp`` in a graph of torch.compile that the CPU library runs, as ``compiled.py`` a network.
+"""``mlp`` in a graph of torch.compile that the CPU library runs.
 
-The library has ops of their own for it, which take few arguments and draw the dropout's seed
-inside. Backward takes no biases, which no gradient depends on, and finds the batch norms' weights
-and biases in what forward saved, so that they may be written in between.
+As for a whole network (``compiled_research_net.py``), the library has ops of their own for it,
+which take few arguments and draw the dropout's seed inside. Backward takes no biases, which no
+gradient depends on, and finds the batch norms' weights and biases in what forward saved, so that
+they may be written in between.
 """
 
 from __future__ import annotations

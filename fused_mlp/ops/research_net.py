@@ -31,7 +31,7 @@ from ._common import (
     use_formula,
 )
 from .batch_norm_leaky_relu import batch_norm_leaky_relu, check_norm
-from .compiled import research_net as in_graph
+from .compiled_research_net import research_net as in_graph
 from .linear_relu import linear_relu
 from .mlp import check_layers, layer_seed
 from .nested import shape_of

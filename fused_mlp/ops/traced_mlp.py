@@ -50,8 +50,8 @@ def mlp(
         compiled_for: as research_net takes it; without it, every layer goes to an op of its own.
     """
     _check_counts(
-        len(weights), biases, activations, negative_slopes, dropout_p, normed_layers,
-        norm_parameters, norm_buffers, norm_training, momentum, eps,
+        len(weights), (biases, activations, negative_slopes, dropout_p), normed_layers,
+        norm_parameters, norm_buffers, (norm_training, momentum, eps),
     )  # fmt: skip
     norms: dict[int, Norm] = {
         layer: (
@@ -70,16 +70,12 @@ def mlp(
 
 def _check_counts(
     layers: int,
-    biases: Sequence[Tensor | None],
-    activations: Sequence[int],
-    negative_slopes: Sequence[float],
-    dropout_p: Sequence[float],
+    by_layer: Sequence[Sequence[object]],
     normed_layers: Sequence[int],
     norm_parameters: Sequence[Tensor | None],
     norm_buffers: Sequence[Tensor | None],
-    *norm_options: Sequence[float],
+    by_norm: Sequence[Sequence[object]],
 ) -> None:
-    by_layer = (biases, activations, negative_slopes, dropout_p)
     if layers < 1 or any(len(values) != layers for values in by_layer):
         raise ValueError(
             "mlp(): expected at least 1 weight, and for each a bias or None, an activation, a "
@@ -89,7 +85,7 @@ def _check_counts(
     if (
         len(norm_parameters) != 2 * norms
         or len(norm_buffers) != 3 * norms
-        or any(len(values) != norms for values in norm_options)
+        or any(len(values) != norms for values in by_norm)
     ):
         raise ValueError(
             "mlp(): expected two parameters, three buffers, a mode, a momentum and an eps for each "

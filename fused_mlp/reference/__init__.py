@@ -21,6 +21,8 @@ from .compiled import (
     mlp_compiled,
     mlp_compiled_backward,
     mlp_compiled_evaluate,
+    research_net_compiled,
+    research_net_compiled_backward,
 )
 from .linear_act import (
     activate_and_drop,
@@ -39,8 +41,6 @@ from .normalize import (
 from .research_net import (
     research_net,
     research_net_backward,
-    research_net_compiled,
-    research_net_compiled_backward,
     research_net_compiled_evaluate,
     research_net_formula,
 )

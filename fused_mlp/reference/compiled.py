@@ -8,12 +8,28 @@ from typing import NoReturn
 from torch import Tensor
 
 
-def refuse(op: str) -> NoReturn:
+def _refuse(op: str) -> NoReturn:
     """Raise: a graph holds what one backend keeps for backward."""
     raise RuntimeError(
         f"{op}(): this graph was compiled for the native CPU backend, which does not run now; "
         "compile again after torch.compiler.reset()"
     )
+
+
+def research_net_compiled(
+    input: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], options: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    _refuse("research_net")
+
+
+def research_net_compiled_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    saved: Tensor,
+    output_mask: int,
+) -> list[Tensor]:
+    _refuse("research_net")
 
 
 def mlp_compiled(
@@ -23,7 +39,7 @@ def mlp_compiled(
     layout: Sequence[int],
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    refuse("mlp")
+    _refuse("mlp")
 
 
 def mlp_compiled_backward(
@@ -34,7 +50,7 @@ def mlp_compiled_backward(
     saved: Tensor,
     output_mask: int,
 ) -> list[Tensor]:
-    refuse("mlp")
+    _refuse("mlp")
 
 
 def mlp_compiled_evaluate(
@@ -44,4 +60,4 @@ def mlp_compiled_evaluate(
     layout: Sequence[int],
     options: Sequence[float],
 ) -> Tensor:
-    refuse("mlp")
+    _refuse("mlp")

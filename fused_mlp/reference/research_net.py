@@ -13,7 +13,6 @@ from .batch_norm_act import (
     batch_norm_leaky_relu_backward,
     batch_norm_leaky_relu_formula,
 )
-from .compiled import refuse
 from .linear_act import dropout, linear_relu_backward
 
 
@@ -141,22 +140,6 @@ def research_net_backward(
         grad_biases.insert(0, grad_bias)
     everything = [grad, *grad_weights, *grad_biases, grad_bn_weight, grad_bn_bias]
     return [g for g, wanted in zip(everything, output_mask, strict=True) if wanted]
-
-
-def research_net_compiled(
-    input: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], options: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    refuse("research_net")
-
-
-def research_net_compiled_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weights: Sequence[Tensor],
-    saved: Tensor,
-    output_mask: int,
-) -> list[Tensor]:
-    refuse("research_net")
 
 
 def research_net_compiled_evaluate(

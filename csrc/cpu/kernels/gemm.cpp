@@ -42,18 +42,6 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Rig
   }
 }
 
-}  // namespace
-
-template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
-              int64_t c_stride, Start start, const T* bias, bool rectify, Operands operands,
-              Ahead ahead) {
-  const auto run = operands == Operands::kFar ? multiply_tiles<T, true> : multiply_tiles<T, false>;
-  run(rows, columns, depth, a, b, c, c_stride, start, bias, rectify, ahead);
-}
-
-namespace {
-
 // Calls body(first, panel) for the panels of a packed matrix, each of which starts at column
 // `first`.
 template <class T, class Body>
@@ -68,6 +56,14 @@ void for_panels(int64_t rows, int64_t columns, T* out, const Body& body) {
 }
 
 }  // namespace
+
+template <class T>
+void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c,
+              int64_t c_stride, Start start, const T* bias, bool rectify, Operands operands,
+              Ahead ahead) {
+  const auto run = operands == Operands::kFar ? multiply_tiles<T, true> : multiply_tiles<T, false>;
+  run(rows, columns, depth, a, b, c, c_stride, start, bias, rectify, ahead);
+}
 
 template <class T, class S>
 void pack_transposed(const S* weight, int64_t stride, int64_t rows, int64_t columns, const T* scale,

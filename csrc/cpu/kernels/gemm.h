@@ -194,7 +194,8 @@ FUSED_MLP_INLINE void tile_of(int rows, int vectors, int64_t depth, Left<T> a, c
   }
 }
 
-// Where the operands of a product lie: all but the left one in the L1 cache, or beyond.
+// Where the operands of a product lie: in the caches, the right one's panels in the first of them;
+// or both beyond, the left one read in place.
 enum class Operands { kNear, kFar };
 
 // c[rows, columns] = start + a[rows, depth] @ b[depth, columns], then max(., 0) if `rectify`.

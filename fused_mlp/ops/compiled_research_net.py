@@ -106,7 +106,7 @@ def _fake(
     numel = on_chip.saved_numel(input, weights, True, dropout_p, seeded=True)
     if any(dropout_p):  # the seed stands behind it: csrc/cpu/network.cpp
         numel = numel + 2 if dtype == torch.float64 else (numel + 1) // 2 * 2 + 4
-    # Then what backward needs of the others: csrc/cpu/compiled.cpp.
+    # Then what backward needs of the others: csrc/cpu/compiled_research_net.cpp.
     channels = weights[-2].shape[0] if len(parameters) > 2 * len(weights) else 0
     numel = numel + weights[0].shape[0] + 2 * channels + (2 + len(dropout_p)) * 8 // dtype.itemsize
     output = input.new_empty(input.shape[0], weights[-1].shape[0])
