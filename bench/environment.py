@@ -23,8 +23,8 @@ from .errors import BenchError
 BUSY = 0.25  # cores that others keep busy, above which numbers are not to be believed
 PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "jax", "attorch")
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_BLOCKTIME", "GOMP_SPINCOUNT",
-              "OMP_WAIT_POLICY", "FUSED_MLP_BACKEND", "FUSED_MLP_CPU_ISA", "LD_PRELOAD",
-              "MALLOC_CONF")  # fmt: skip
+              "OMP_WAIT_POLICY", "FUSED_MLP_BACKEND", "FUSED_MLP_CPU_ISA",
+              "FUSED_MLP_CPU_BLAS", "LD_PRELOAD", "MALLOC_CONF")  # fmt: skip
 
 
 def collect(device: torch.device) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _build, _version, backends, functional
+from . import _build, _version, backends, functional, on_chip
 
 Report = dict[str, Any]
 
@@ -118,6 +118,7 @@ def _cpu() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "features": [flag for flag in known if flag in flags],
         "isa": backends.isa(),
+        "blas": bool(backends.isa()) and on_chip.runs_blas(),
     }
 
 
@@ -242,7 +243,7 @@ def render(report: Report) -> str:
         _row("system", report["platform"]),
         _row("CPU", f"{cpu.get('name')}, {cpu.get('processors')} processors"),
         _row("  features", " ".join(cpu.get("features", [])) or "none of interest"),
-        _row("  kernels use", cpu.get("isa") or "nothing: no compiled CPU kernels"),
+        _row("  kernels use", _kernels(cpu)),
     ]
     lines += [
         _row("GPU", f"{gpu['name']}, {gpu['architecture']}, {gpu['memory_gib']} GiB")
@@ -284,6 +285,12 @@ def render(report: Report) -> str:
 
 def _row(name: str, value: object) -> str:
     return f"{name:<14} {value}"
+
+
+def _kernels(cpu: dict[str, Any]) -> str:
+    if not cpu.get("isa"):
+        return "nothing: no compiled CPU kernels"
+    return f"{cpu['isa']}{', and torch for large products of wide layers' * cpu['blas']}"
 
 
 def _accelerator(torch_: dict[str, Any]) -> str:

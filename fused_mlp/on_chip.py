@@ -82,6 +82,11 @@ def runs_wide() -> bool:
     return _cpu_has("fused_mlp_runs_wide")
 
 
+def runs_blas() -> bool:
+    """Return whether large products of wide layers are those of torch's BLAS."""
+    return _cpu_has("fused_mlp_runs_blas")
+
+
 def _has_pairs(input: Tensor) -> bool:
     """Return whether products of the input run on bfloat16's own instructions."""
     return input.dtype == torch.bfloat16 and _cpu_has("fused_mlp_runs_bfloat16")

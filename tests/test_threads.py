@@ -17,6 +17,8 @@ from support import (
     research_case,
 )
 
+from fused_mlp import on_chip
+
 # Large enough that every op has work for four threads, and no multiple of any tile.
 ROWS = 67 if INTERPRETED else 6007
 CASES: dict[str, Callable[..., Case]] = {
@@ -78,6 +80,9 @@ def own_kernels(backend: str, device: torch.device) -> str:
 def test_threads(device: torch.device, own_kernels: str, name: str, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and name in LIBRARYS and not MULTIPLIES_BFLOAT16:
         pytest.skip("wide products in half precision are torch's where its instructions lack")
+    if dtype == torch.float32 and name in LIBRARYS and own_kernels == "native":
+        if device.type == "cpu" and on_chip.runs_blas():
+            pytest.skip("torch's BLAS serves wide layers here: see test_blas.py")
     case = CASES[name](dtype=dtype, device=device)
     torch.set_num_threads(1)
     one = results(case)

@@ -8,6 +8,7 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/blas.h"
 #include "cpu/tensors.h"
 
 namespace fused_mlp {
@@ -90,6 +91,11 @@ extern "C" __attribute__((visibility("default"))) bool fused_mlp_runs_wide() {
 // Whether they do in bfloat16.
 extern "C" __attribute__((visibility("default"))) bool fused_mlp_runs_bfloat16() {
   return fused_mlp::kernels().bfloat16;
+}
+
+// Whether large products of wide layers are those of torch's BLAS, in float32 and float64.
+extern "C" __attribute__((visibility("default"))) bool fused_mlp_runs_blas() {
+  return fused_mlp::kernels().wide && fused_mlp::blas_is_faster();
 }
 
 // For `python -m fused_mlp doctor`.

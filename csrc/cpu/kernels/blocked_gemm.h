@@ -54,12 +54,15 @@ FUSED_MLP_INLINE Parts gemm_row_parts(int64_t rows) {
 
 // A `load` of blocks of a matrix in memory, converted to the compute type.
 template <class S>
-FUSED_MLP_INLINE auto load_rows(const S* matrix, int64_t leading) {
-  return [=](int64_t row, int64_t rows, int64_t column, int64_t columns, Compute<S>* to,
-             int64_t stride) {
+struct LoadRows {
+  const S* matrix;
+  int64_t leading;
+
+  FUSED_MLP_INLINE void operator()(int64_t row, int64_t rows, int64_t column, int64_t columns,
+                                   Compute<S>* to, int64_t stride) const {
     copy_in(matrix + row * leading + column, leading, rows, columns, to, stride);
-  };
-}
+  }
+};
 
 // A `finish` that writes blocks into a matrix: change(value, row, column, width) of every vector.
 template <class S, class Change>
@@ -82,6 +85,8 @@ class Panels {
   Panels(const T* matrix, int64_t stride, int64_t depth, int64_t columns)
       : matrix_(matrix), stride_(stride), depth_(depth), columns_(columns) {}
 
+  const T* matrix() const { return matrix_; }
+  int64_t stride() const { return stride_; }
   int64_t depth() const { return depth_; }
   int64_t columns() const { return columns_; }
 
@@ -119,6 +124,15 @@ class Panels {
   const T* packed_ = nullptr;
 };
 
+// The blocks of a product's result, narrower where there are too few to keep all threads busy.
+template <class T>
+Parts gemm_column_parts(int64_t row_parts, int64_t columns, bool threaded) {
+  int64_t width = kGemmWidth<T>;
+  const int64_t threads = threaded ? thread_count() : 1;
+  while (width > kPanel<T> && row_parts * ceil_div(columns, width) < 2 * threads) width /= 2;
+  return Parts(columns, width, kPanel<T>);
+}
+
 // c = a @ b, a block at a time; rows of a are `leading` apart. finish(row, rows, column, columns,
 // block, stride) takes a block of c, whose rows do not depend on the number of threads.
 template <class T, class Finish>
@@ -129,11 +143,8 @@ void blocked_gemm(int64_t rows, const T* a, int64_t leading, const Panels<T>& b,
   const Parts row_parts = gemm_row_parts(rows);
   const Parts depth_parts(b.depth(), kInPlaceDepth<T>, kTerms);
   const int64_t work = row_parts.size * larger(1, b.depth());
-  int64_t width = kGemmWidth<T>;
-  const int64_t threads = rows * b.depth() * columns > kThreadWork ? thread_count() : 1;
-  // Narrower blocks where there are too few to keep all threads busy.
-  while (width > kPanel<T> && row_parts.count * ceil_div(columns, width) < 2 * threads) width /= 2;
-  const Parts column_parts(columns, width, kPanel<T>);
+  const Parts column_parts =
+      gemm_column_parts<T>(row_parts.count, columns, rows * b.depth() * columns > kThreadWork);
   const int64_t grain = larger(1, kThreadWork / (work * column_parts.size));
   parallel_for(row_parts.count * column_parts.count, grain, [&](int64_t begin, int64_t end) {
     Arena own(Scratch::kTask, Arena::bytes<T>(row_parts.size * stride) +

@@ -89,6 +89,15 @@ inline void for_row_blocks(int64_t rows, int64_t work, const Body& body) {
   });
 }
 
+// Calls body(first, rows) for blocks of rows that fill about 64 kB.
+template <class Body>
+FUSED_MLP_INLINE void for_some_rows(int64_t begin, int64_t end, int64_t columns, const Body& body) {
+  const int64_t most = larger(1, smaller(kBlockRows, (int64_t{1} << 14) / larger(1, columns)));
+  for (int64_t first = begin; first < end; first += most) {
+    body(first, smaller(most, end - first));
+  }
+}
+
 // The same for a second pass over rows of `bytes` bytes: what the first one read last is still in
 // the cache, so a thread's last rows come first. By 1 MiB, since shorter jumps back lose what the
 // processor reads ahead: normalize of 10^7 elements took 2.1 ms in place of 1.45 by 16 KiB.

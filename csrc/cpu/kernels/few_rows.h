@@ -87,17 +87,15 @@ void few_rows_layer(const S* weight, const Compute<S>* bias, int64_t in, int64_t
 }
 
 // Adds kOutputs neighbouring outputs' shares to the gradients of the input, in `sums`, and writes
-// the gradients of their weights, in columns [begin, end).
+// the gradients of their weights.
 template <class T, int kRows, int kOutputs>
-FUSED_MLP_INLINE void add_outputs(const T* weight, T* grad_weight, int64_t in, int64_t begin,
-                                  int64_t end, const T* grad, int64_t grad_stride, const T* input,
-                                  T* sums, int64_t stride) {
+FUSED_MLP_INLINE void add_outputs(const T* weight, T* grad_weight, int64_t in, const T* grad,
+                                  int64_t grad_stride, const T* input, T* sums, int64_t stride) {
   Vec<T> g[kRows][kOutputs];
   for (int row = 0; row < kRows; ++row) {
     for (int o = 0; o < kOutputs; ++o) g[row][o] = splat<T>(grad[row * grad_stride + o]);
   }
-  for_vectors<T>(end - begin, [&](int64_t offset, int width) {
-    const int64_t column = begin + offset;
+  for_vectors<T>(in, [&](int64_t column, int width) {
     Vec<T> x[kRows];
     for (int row = 0; row < kRows; ++row) x[row] = load_raw(input + row * stride + column);
     if (sums) {
@@ -118,25 +116,22 @@ FUSED_MLP_INLINE void add_outputs(const T* weight, T* grad_weight, int64_t in, i
   });
 }
 
-// The gradients of a layer's input and weight for kRows rows, in columns [begin, end): each weight
-// is read once and each of its gradients written once. `input` and `sums`, the gradient of the
-// input, are blocks of rows of `stride`; `sums` and grad_weight may be null.
+// The gradients of a layer's input and of some outputs' weights for kRows rows: each weight is read
+// once and each of its gradients written once. `input` and `sums`, these outputs' share of the
+// gradient of the input, are blocks of rows of `stride`; `sums` and grad_weight may be null.
 template <class T, int kRows>
-void few_rows_gradients(const T* weight, T* grad_weight, int64_t in, int64_t out, int64_t begin,
-                        int64_t end, const T* grad, int64_t grad_stride, const T* input, T* sums,
-                        int64_t stride) {
-  for (int row = 0; sums && row < kRows; ++row) {
-    std::fill(sums + row * stride + begin, sums + row * stride + end, T{0});
-  }
-  const auto add = [&](int64_t o, auto outputs) {
-    add_outputs<T, kRows, decltype(outputs)::value>(
-        weight + o * in, grad_weight ? grad_weight + o * in : nullptr, in, begin, end, grad + o,
-        grad_stride, input, sums, stride);
+void few_rows_gradients(const T* weight, T* grad_weight, int64_t in, int64_t outputs, const T* grad,
+                        int64_t grad_stride, const T* input, T* sums, int64_t stride) {
+  if (sums) std::fill_n(sums, kRows * stride, T{0});
+  const auto add = [&](int64_t o, auto count) {
+    add_outputs<T, kRows, decltype(count)::value>(weight + o * in,
+                                                  grad_weight ? grad_weight + o * in : nullptr, in,
+                                                  grad + o, grad_stride, input, sums, stride);
   };
   // Four rows of the weight side by side: 1024 x 1024 column by column took twice as long.
   int64_t o = 0;
-  for (; o + 4 <= out; o += 4) add(o, std::integral_constant<int, 4>{});
-  for (; o < out; ++o) add(o, std::integral_constant<int, 1>{});
+  for (; o + 4 <= outputs; o += 4) add(o, std::integral_constant<int, 4>{});
+  for (; o < outputs; ++o) add(o, std::integral_constant<int, 1>{});
 }
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

@@ -1,6 +1,6 @@
-// Linear, an activation and dropout in one walk over the rows, where the weight stays in a core's
-// cache. Beyond see linear_act_wide.cpp; where csrc/cpu/linear_act.cpp takes torch's matrix
-// product, only the passes at the end of this file.
+// Linear, an activation and dropout. A handful of rows reads each weight once; other rows of
+// float32 and float64 walk as a chain of one layer does (mlp.cpp), or where the weight exceeds a
+// core's cache as linear_act_wide.cpp says, half precision as linear_act_half.cpp does.
 
 #include "cpu/kernels/linear_act.h"
 
@@ -10,172 +10,12 @@
 #include "cpu/kernels/chunks.h"
 #include "cpu/kernels/few_rows.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/mlp.h"
 #include "cpu/kernels/rows.h"
-#include "cpu/kernels/weight_grad.h"
 #include "cpu/parallel.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
-
-template <class S>
-void forward(const LinearAct& op) {
-  using T = Compute<S>;
-  const int64_t in = op.in_features, out = op.out_features;
-  const int64_t room = round_up(out, kPanel<T>);
-  Arena shared(Scratch::kCall, Arena::bytes<T>(packed_numel<T>(in, out)) + Arena::bytes<T>(room) +
-                                   Arena::bytes<T>(norm_room<T>(op.norm, out)));
-  T* weight = shared.take<T>(packed_numel<T>(in, out));
-  T* bias = shared.take<T>(room);
-  pack_transposed<T>(static_cast<const S*>(op.weight), op.weight_stride, in, out,
-                     static_cast<const T*>(nullptr), weight);
-  const DType dtype = op.dtype;
-  copy_channels<T>({const_cast<void*>(op.bias), dtype}, out, room, 0, bias);
-  const Norm<T> norm(op.norm, out, shared.take<T>(norm_room<T>(op.norm, out)), bias);
-  const bool direct = std::is_same_v<S, T> && out % kLanes<T> == 0;
-  const bool bare = !op.norm.active();  // the activation stands right behind the product
-  const bool rectify = bare && op.act.activation == Activation::kReLU;
-  const bool finished = direct && bare && !op.act.dropout.active() &&
-                        (rectify || op.act.activation == Activation::kNone);
-  const int64_t in_stride = padded<T>(in), out_stride = direct ? out : padded<T>(out);
-  for_row_blocks(op.rows, in * out, [&](int64_t first, int64_t rows) {
-    Arena own(Scratch::kTask, Arena::bytes<T>(rows * in_stride) +
-                                  Arena::bytes<T>(rows * padded<T>(out)) +
-                                  Arena::bytes<uint8_t>(mask_room(rows, out)));
-    T* block_in = own.take<T>(rows * in_stride);
-    T* block_out = own.take<T>(rows * padded<T>(out));
-    uint8_t* mask = own.take<uint8_t>(mask_room(rows, out));
-    const S* input = static_cast<const S*>(op.input) + first * op.input_stride;
-    S* output = static_cast<S*>(op.output) + first * out;
-    Left<T> left = {block_in, in_stride, 1};
-    if constexpr (std::is_same_v<S, T>) {
-      left = {input, op.input_stride, 1};
-      if (direct) block_out = output;
-    } else {
-      copy_in(input, op.input_stride, rows, in, block_in, in_stride);
-    }
-    multiply<T>(rows, out, in, left, packed(weight, in), block_out, out_stride, Start::kBias, bias,
-                rectify);
-    if (op.seen) {
-      copy_out(block_out, out_stride, rows, out, static_cast<S*>(op.seen) + first * out, out);
-    }
-    if (finished) return;
-    finish_act<S>(norm.get(), op.act, first, rows, 0, out, block_out, out_stride, output, out,
-                  mask);
-  });
-}
-
-template <class S>
-void backward(const LinearActBackward& op) {
-  using T = Compute<S>;
-  const LinearAct& net = op.forward;
-  const int64_t in = net.in_features, out = net.out_features;
-  const int64_t chunks = product_chunk_count(net.rows, in * out);
-  const WeightGrad<T> grad(in, out, op.grad_weight != nullptr);
-  Arena shared(Scratch::kCall,
-               Arena::bytes<T>(packed_numel<T>(out, in)) + Arena::bytes<T>(chunks * grad.numel()));
-  T* weight = shared.take<T>(packed_numel<T>(out, in));
-  T* partial = shared.take<T>(chunks * grad.numel());
-  if (op.grad_input) pack<T>(static_cast<const S*>(net.weight), net.weight_stride, out, in, weight);
-  const int64_t grad_stride = padded<T>(out), in_stride = padded<T>(in);
-  for_chunks(net.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-    const int64_t most = smaller(kBlockRows, end - begin);
-    Arena own(Scratch::kTask, Arena::bytes<T>(most * grad_stride) +
-                                  2 * Arena::bytes<T>(most * in_stride) +
-                                  Arena::bytes<uint8_t>(mask_room(most, out)));
-    T* block_grad = own.take<T>(most * grad_stride);
-    T* block_in = own.take<T>(most * in_stride);
-    T* block_grad_in = own.take<T>(most * in_stride);
-    uint8_t* mask = own.take<uint8_t>(mask_room(most, out));
-    T* sums = partial + chunk * grad.numel();
-    grad.clear(sums, begin < end);
-    for_blocks(begin, end, [&](const RowBlock& block) {
-      const int64_t first = block.first, rows = block.rows;
-      gate<S>(net.act, first, rows, out, rows_from<S>(op.grad_output, first, out), out,
-              rows_from<S>(op.kept, first, out), block_grad, grad_stride, mask);
-      if (op.grad_weight) {
-        copy_in(static_cast<const S*>(net.input) + first * net.input_stride, net.input_stride, rows,
-                in, block_in, in_stride);
-      }
-      grad.add_bias(rows, block_grad, grad_stride, sums);
-      grad.add_weight(block.begins, rows, block_grad, grad_stride, block_in, in_stride, sums);
-      if (op.grad_input) {
-        multiply<T>(rows, in, out, {block_grad, grad_stride, 1}, packed(weight, out), block_grad_in,
-                    in_stride, Start::kZero);
-        copy_out(block_grad_in, in_stride, rows, in, static_cast<S*>(op.grad_input) + first * in,
-                 in);
-      }
-    });
-  });
-  grad.template merge<S>(partial, chunks, static_cast<S*>(op.grad_weight),
-                         static_cast<S*>(op.grad_bias));
-}
-
-// ------------------------------------------------------------ passes beside a library's product
-
-// Calls body(first, rows) for blocks of rows that fill about 64 kB.
-template <class Body>
-void for_some_rows(int64_t begin, int64_t end, int64_t columns, const Body& body) {
-  const int64_t most = larger(1, smaller(kBlockRows, (int64_t{1} << 14) / larger(1, columns)));
-  for (int64_t first = begin; first < end; first += most) {
-    body(first, smaller(most, end - first));
-  }
-}
-
-template <class S>
-void act_dropout(const ActDropoutPass& op) {
-  using T = Compute<S>;
-  const int64_t columns = op.columns, stride = padded<T>(columns);
-  Arena shared(Scratch::kCall, Arena::bytes<T>(norm_room<T>(op.norm, columns)));
-  const Norm<T> norm(op.norm, columns, shared.take<T>(norm_room<T>(op.norm, columns)), nullptr);
-  for_row_blocks(op.rows, columns * kPassCost, [&](int64_t begin, int64_t count) {
-    for_some_rows(begin, begin + count, columns, [&](int64_t first, int64_t rows) {
-      Arena own(Scratch::kTask,
-                Arena::bytes<T>(rows * stride) + Arena::bytes<uint8_t>(mask_room(rows, columns)));
-      uint8_t* mask = own.take<uint8_t>(mask_room(rows, columns));
-      S* to = static_cast<S*>(op.output) + first * columns;
-      const S* from = rows_from<S>(op.input, first, columns);
-      if constexpr (std::is_same_v<S, T>) {
-        finish_act<S>(norm.get(), op.act, first, rows, 0, columns, from, columns, to, columns,
-                      mask);
-      } else {
-        T* block = own.take<T>(rows * stride);
-        copy_in(from, columns, rows, columns, block, stride);
-        finish_act<S>(norm.get(), op.act, first, rows, 0, columns, block, stride, to, columns,
-                      mask);
-      }
-    });
-  });
-}
-
-template <class S>
-void act_dropout_backward(const ActDropoutPassBackward& op) {
-  using T = Compute<S>;
-  const int64_t columns = op.columns, room = padded<T>(columns);
-  const int64_t chunks = chunk_count(op.rows, columns * kPassCost, kLeastRows);
-  Arena shared(Scratch::kCall, Arena::bytes<T>(chunks * room));
-  T* partial = shared.take<T>(chunks * room);
-  for_chunks(op.rows, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-    T* sums = partial + chunk * room;
-    for (int64_t c = 0; c < room; ++c) sums[c] = 0;
-    for_some_rows(begin, end, columns, [&](int64_t first, int64_t rows) {
-      Arena own(Scratch::kTask,
-                Arena::bytes<T>(rows * room) + Arena::bytes<uint8_t>(mask_room(rows, columns)));
-      T* block = own.take<T>(rows * room);
-      gate<S>(op.act, first, rows, columns, rows_from<S>(op.grad_output, first, columns), columns,
-              rows_from<S>(op.kept, first, columns), block, room,
-              own.take<uint8_t>(mask_room(rows, columns)));
-      add_column_sums(block, room, rows, columns, sums);
-      copy_out(block, room, rows, columns, static_cast<S*>(op.grad) + first * columns, columns);
-    });
-  });
-  if (op.grad_bias == nullptr) return;
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-    for (int64_t c = 0; c < columns; ++c) partial[c] += partial[chunk * room + c];
-  }
-  copy_out(partial, room, 1, columns, static_cast<S*>(op.grad_bias), columns);
-}
-
-// ----------------------------------------------------------------------- a handful of rows
 
 bool reads_weight_once(const LinearAct& op) {
   return is_single_or_double(op.dtype) && op.rows > 0 && op.rows <= kFewRows &&
@@ -218,12 +58,17 @@ void few_rows_backward(const LinearActBackward& op) {
   const LinearAct& net = op.forward;
   const int64_t in = net.in_features, out = net.out_features;
   const int64_t grad_stride = padded<T>(out), in_stride = padded<T>(in);
-  Arena shared(Scratch::kCall, Arena::bytes<T>(kRows * grad_stride) +
-                                   2 * Arena::bytes<T>(kRows * in_stride) +
+  const int64_t block = kRows * in_stride;
+  // Threads share outputs, not columns: halves of a row made 512 x 512 slower by two threads than
+  // by one, since what a core reads ahead the other is writing.
+  const int64_t chunks = smaller(kFewRows, chunk_count(out, (kRows + 4) * in, 4));
+  Arena shared(Scratch::kCall, Arena::bytes<T>(kRows * grad_stride) + Arena::bytes<T>(block) +
+                                   Arena::bytes<T>(chunks * block) +
                                    Arena::bytes<uint8_t>(mask_room(net.rows, out)));
   T* grad = shared.take<T>(kRows * grad_stride);
-  T* input = shared.take<T>(kRows * in_stride);
-  T* sums = shared.take<T>(kRows * in_stride);
+  T* input = shared.take<T>(block);
+  T* sums = shared.take<T>(chunks * block);
+  T* grad_weight = static_cast<T*>(op.grad_weight);
   gate<T>(net.act, 0, net.rows, out, static_cast<const T*>(op.grad_output), out,
           static_cast<const T*>(op.kept), grad, grad_stride,
           shared.take<uint8_t>(mask_room(net.rows, out)));
@@ -232,14 +77,16 @@ void few_rows_backward(const LinearActBackward& op) {
     std::fill_n(grad + row * grad_stride, grad_stride, T{0});
     std::fill_n(input + row * in_stride, in_stride, T{0});
   }
-  constexpr int64_t kUnit = 4 * kLanes<T>;
-  const int64_t work = larger(1, (kRows + 4) * out * kUnit);
-  parallel_for(ceil_div(in, kUnit), ceil_div(kThreadWork, work), [&](int64_t begin, int64_t end) {
-    few_rows_gradients<T, kRows>(static_cast<const T*>(net.weight), static_cast<T*>(op.grad_weight),
-                                 in, out, begin * kUnit, smaller(in, end * kUnit), grad,
-                                 grad_stride, input, op.grad_input ? sums : nullptr, in_stride);
+  for_chunks(out, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    few_rows_gradients<T, kRows>(static_cast<const T*>(net.weight) + begin * in,
+                                 grad_weight ? grad_weight + begin * in : nullptr, in, end - begin,
+                                 grad + begin, grad_stride, input,
+                                 op.grad_input ? sums + chunk * block : nullptr, in_stride);
   });
   if (op.grad_input) {
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      for (int64_t i = 0; i < block; ++i) sums[i] += sums[chunk * block + i];
+    }
     copy_out(sums, in_stride, net.rows, in, static_cast<T*>(op.grad_input), in);
   }
   if (op.grad_bias) {
@@ -263,16 +110,14 @@ void dispatch_few_rows(const LinearAct& op, const Body& body) {
 }  // namespace
 
 void linear_act(const LinearAct& op) {
+  if (op.rows == 0) return;
   if (reads_weight_once(op)) {
     return dispatch_few_rows(op, [&](auto element, auto rows) {
       few_rows_forward<decltype(element), decltype(rows)::value>(op);
     });
   }
-  if (is_single_or_double(op.dtype) && larger(op.in_features, op.out_features) > kCacheWidth) {
-    linear_act_wide(op);
-  } else {
-    dispatch(op.dtype, [&](auto e) { forward<decltype(e)>(op); });
-  }
+  if (!is_single_or_double(op.dtype)) return linear_act_half(op);
+  ChainSize(&op, 1).in_cache ? walk_chain(&op, 1) : linear_act_wide(op);
 }
 void linear_act_backward(const LinearActBackward& op) {
   const LinearAct& net = op.forward;
@@ -281,17 +126,10 @@ void linear_act_backward(const LinearActBackward& op) {
       few_rows_backward<decltype(element), decltype(rows)::value>(op);
     });
   }
-  if (is_single_or_double(net.dtype) && larger(net.in_features, net.out_features) > kCacheWidth) {
-    linear_act_wide_backward(op);
-  } else {
-    dispatch(net.dtype, [&](auto e) { backward<decltype(e)>(op); });
-  }
-}
-void act_dropout(const ActDropoutPass& op) {
-  dispatch(op.dtype, [&](auto element) { act_dropout<decltype(element)>(op); });
-}
-void act_dropout_backward(const ActDropoutPassBackward& op) {
-  dispatch(op.dtype, [&](auto element) { act_dropout_backward<decltype(element)>(op); });
+  if (!is_single_or_double(net.dtype)) return linear_act_half_backward(op);
+  const ChainSize size(&op, 1);
+  size.in_cache && !size.shares_features() ? walk_chain_backward(&op, 1)
+                                           : linear_act_wide_backward(op);
 }
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

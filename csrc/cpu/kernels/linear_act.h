@@ -1,4 +1,4 @@
-// What linear_act.cpp and linear_act_wide.cpp share.
+// What the files of linear_act and the chains of mlp.cpp share.
 #pragma once
 
 #include "cpu/kernels/batch_norm.h"
@@ -37,5 +37,9 @@ const S* rows_from(const void* matrix, int64_t row, int64_t columns) {
 // Weights beyond the cache, in float32 and float64.
 void linear_act_wide(const LinearAct& op);
 void linear_act_wide_backward(const LinearActBackward& op);
+
+// bfloat16 and float16.
+void linear_act_half(const LinearAct& op);
+void linear_act_half_backward(const LinearActBackward& op);
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

@@ -2,9 +2,9 @@
 // walk along the weight, and backward as blocked products.
 
 #include "cpu/kernels/activation.h"
-#include "cpu/kernels/blocked_gemm.h"
 #include "cpu/kernels/linear_act.h"
 #include "cpu/kernels/panels.h"
+#include "cpu/kernels/products.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
@@ -26,6 +26,10 @@ void forward(const LinearAct& op) {
                         (rectify || op.act.activation == Activation::kNone);
   const T *input = static_cast<const T*>(op.input), *weight = static_cast<const T*>(op.weight);
   T *output = static_cast<T*>(op.output), *seen = static_cast<T*>(op.seen);
+  const BlasLayer<T> layer = {in, out, weight, op.weight_stride, bias, norm.get(), op.act};
+  if (layer.takes_blas(op.rows, op.input_stride)) {
+    return layer.run(0, op.rows, input, op.input_stride, seen, output);
+  }
 
   // `features` features from `first` on of a panel's rows; `block` has room for them.
   constexpr int64_t kStride = kInPlaceRows + 64 / static_cast<int64_t>(sizeof(T));
@@ -94,20 +98,15 @@ void backward(const LinearActBackward& op) {
     });
     grad = gated.data();
   }
-  blocked_weight_grad<T>(net.rows, in, out, grad, stride,
-                         load_rows(static_cast<const T*>(net.input), net.input_stride),
-                         static_cast<T*>(op.grad_weight), static_cast<T*>(op.grad_bias));
+  weight_grad<T>(net.rows, in, out, grad, stride,
+                 LoadRows<T>{static_cast<const T*>(net.input), net.input_stride},
+                 static_cast<T*>(op.grad_weight), static_cast<T*>(op.grad_bias));
   if (op.grad_input == nullptr) return;
   Panels<T> weight(static_cast<const T*>(net.weight), net.weight_stride, out, in);
-  const int64_t packed_size = weight.packed_size(net.rows);
-  Arena shared(Scratch::kCall, Arena::bytes<T>(packed_size));
-  if (packed_size > 0) weight.pack_all(shared.take<T>(packed_size));
-  blocked_gemm<T>(net.rows, grad, stride, weight,
-                  [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
-                      int64_t block_stride) {
-                    copy_out(block, block_stride, rows, columns,
-                             static_cast<T*>(op.grad_input) + row * in + column, in);
-                  });
+  const int64_t room = packed_size(weight, net.rows);
+  Arena shared(Scratch::kCall, Arena::bytes<T>(room));
+  if (room > 0) weight.pack_all(shared.take<T>(room));
+  multiply_into<T>(net.rows, grad, stride, weight, static_cast<T*>(op.grad_input));
 }
 
 }  // namespace

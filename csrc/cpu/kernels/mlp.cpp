@@ -195,7 +195,8 @@ void walk(const LinearAct* chain, int layers, const ChainSize& size) {
 // What is not kept goes into memory of the call.
 template <class T>
 void run_layers(const LinearAct* chain, int layers, const ChainSize& size) {
-  const int64_t room = size.keeps ? 0 : size.rows * size.widest;
+  const bool keeps = layers == 1 || chain[0].output != nullptr;
+  const int64_t room = keeps ? 0 : size.rows * size.widest;
   Temporary<T> block(room), next(room);
   const void* before = chain[0].input;
   for (int l = 0; l < layers; ++l) {
@@ -210,14 +211,17 @@ void run_layers(const LinearAct* chain, int layers, const ChainSize& size) {
 
 }  // namespace
 
+void walk_chain(const LinearAct* chain, int layers) {
+  const ChainSize size(chain, layers);
+  dispatch_single_or_double(chain[0].dtype,
+                            [&](auto element) { walk<decltype(element)>(chain, layers, size); });
+}
+
 void mlp(const LinearAct* chain, int layers) {
-  ChainSize size;
-  for (int l = 0; l < layers; ++l) size.add(chain[l]);
-  size.keeps = layers == 1 || chain[0].output != nullptr;
-  dispatch_single_or_double(chain[0].dtype, [&](auto element) {
-    using T = decltype(element);
-    size.walks() ? walk<T>(chain, layers, size) : run_layers<T>(chain, layers, size);
-  });
+  const ChainSize size(chain, layers);
+  if (size.walks()) return walk_chain(chain, layers);
+  dispatch_single_or_double(
+      chain[0].dtype, [&](auto element) { run_layers<decltype(element)>(chain, layers, size); });
 }
 
 }  // namespace fused_mlp::FUSED_MLP_ISA

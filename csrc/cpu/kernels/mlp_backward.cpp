@@ -13,16 +13,6 @@
 namespace fused_mlp::FUSED_MLP_ISA {
 namespace {
 
-// Few rows of a chain of that many multiply-adds a row run layer by layer as wide ones do: threads
-// share the features, and no weight's gradient is merged. (17,[256,256],6) takes 33 us in place of
-// 52 at 32 rows and as long at 64; (64,[128,128],10) 15.6 in place of 19.3; (4,[64,64],2) no less.
-constexpr int64_t kLayeredRows = 64;
-constexpr int64_t kLayeredWork = int64_t{1} << 14;
-
-bool runs_as_wide(const ChainSize& size) {
-  return size.rows > kFewRows && size.rows < kLayeredRows && size.work >= kLayeredWork;
-}
-
 template <class T>
 void walk(const LinearActBackward* chain, int layers, const ChainSize& size) {
   const int64_t rows = size.rows, chunks = product_chunk_count(rows, 2 * size.work);
@@ -113,7 +103,7 @@ void run_layers(const LinearActBackward* chain, int layers, const ChainSize& siz
     LinearActBackward layer = chain[l];
     layer.grad_output = above;
     if (l > 0) layer.grad_input = grad.data();
-    runs_as_wide(size) ? linear_act_wide_backward(layer) : linear_act_backward(layer);
+    size.shares_features() ? linear_act_wide_backward(layer) : linear_act_backward(layer);
     above = layer.grad_input;
     grad.swap(next);
   }
@@ -121,13 +111,17 @@ void run_layers(const LinearActBackward* chain, int layers, const ChainSize& siz
 
 }  // namespace
 
+void walk_chain_backward(const LinearActBackward* chain, int layers) {
+  const ChainSize size(chain, layers);
+  dispatch_single_or_double(chain[0].forward.dtype,
+                            [&](auto element) { walk<decltype(element)>(chain, layers, size); });
+}
+
 void mlp_backward(const LinearActBackward* chain, int layers) {
-  ChainSize size;
-  for (int l = 0; l < layers; ++l) size.add(chain[l].forward);
+  const ChainSize size(chain, layers);
+  if (size.walks() && !size.shares_features()) return walk_chain_backward(chain, layers);
   dispatch_single_or_double(chain[0].forward.dtype, [&](auto element) {
-    using T = decltype(element);
-    size.walks() && !runs_as_wide(size) ? walk<T>(chain, layers, size)
-                                        : run_layers<T>(chain, layers, size);
+    run_layers<decltype(element)>(chain, layers, size);
   });
 }
 

@@ -58,7 +58,8 @@ void grad_of_norm(Wide<T>& wide, const T* grad_output, T* du, double* sums) {
       }
     });
   };
-  blocked_gemm<T>(wide.op.rows, grad_output, out, wide.weight(wide.op.layers - 1), finish);
+  multiply_and_finish<T>(wide.op.rows, grad_output, out, wide.weight(wide.op.layers - 1), du,
+                         finish);
 }
 
 // du becomes dz in place.
@@ -104,9 +105,9 @@ void backward(const ResearchNetBackward& op) {
   Temporary<T> next(wide.shape.hidden > 0 ? net.rows * padded<T>(widest) : 0);
   const T* grad_output = static_cast<const T*>(op.grad_output);
   grad_of_norm(wide, grad_output, grad.data(), sums);
-  blocked_weight_grad<T>(net.rows, channels, wide.shape.out, grad_output, wide.shape.out,
-                         wide.load_activated(), static_cast<T*>(op.grad_weights[last]),
-                         static_cast<T*>(op.grad_biases[last]));
+  weight_grad<T>(net.rows, channels, wide.shape.out, grad_output, wide.shape.out,
+                 wide.load_activated(), static_cast<T*>(op.grad_weights[last]),
+                 static_cast<T*>(op.grad_biases[last]));
   for (int64_t part = 1; part < parts; ++part) {
     for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += sums[part * 2 * channels + c];
   }
@@ -123,34 +124,30 @@ void backward(const ResearchNetBackward& op) {
     const int64_t width = net.widths[l + 1], below = net.widths[l];
     const T* grad_rows = grad.data();
     wide.with_input(l, [&](const auto& load) {
-      blocked_weight_grad<T>(net.rows, below, width, grad_rows, padded<T>(width), load,
-                             static_cast<T*>(op.grad_weights[l]),
-                             static_cast<T*>(op.grad_biases[l]));
+      weight_grad<T>(net.rows, below, width, grad_rows, padded<T>(width), load,
+                     static_cast<T*>(op.grad_weights[l]), static_cast<T*>(op.grad_biases[l]));
     });
     if (l == 0) {
       if (op.grad_input == nullptr) return;
-      blocked_gemm<T>(net.rows, grad_rows, padded<T>(width), wide.weight(l),
-                      [&](int64_t row, int64_t rows, int64_t column, int64_t columns,
-                          const T* block, int64_t stride) {
-                        copy_out(block, stride, rows, columns,
-                                 static_cast<T*>(op.grad_input) + row * below + column, below);
-                      });
+      multiply_into<T>(net.rows, grad_rows, padded<T>(width), wide.weight(l),
+                       static_cast<T*>(op.grad_input));
       return;
     }
     const Dropout& dropout = net.dropout[l - 1];
     const Vec<T> scale = splat(static_cast<T>(dropout.active() ? dropout.scale() : 1.0));
-    blocked_gemm<T>(net.rows, grad_rows, padded<T>(width), wide.weight(l),
-                    [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const T* block,
-                        int64_t stride) {
-                      const int64_t leading = padded<T>(below);
-                      const T* hidden = wide.hidden[l - 1] + row * below + column;
-                      T* to = next.data() + row * leading + column;
-                      finish_rows<T>(block, stride, rows, columns, to, leading,
-                                     [&](Vec<T> g, int64_t r, int64_t c, int lanes) {
-                                       const Vec<T> y = load_up_to(hidden + r * below + c, lanes);
-                                       return select<T>(y <= Vec<T>{}, Vec<T>{}, g * scale);
-                                     });
-                    });
+    multiply_and_finish<T>(net.rows, grad_rows, padded<T>(width), wide.weight(l), next.data(),
+                           [&](int64_t row, int64_t rows, int64_t column, int64_t columns,
+                               const T* block, int64_t stride) {
+                             const int64_t leading = padded<T>(below);
+                             const T* hidden = wide.hidden[l - 1] + row * below + column;
+                             T* to = next.data() + row * leading + column;
+                             finish_rows<T>(block, stride, rows, columns, to, leading,
+                                            [&](Vec<T> g, int64_t r, int64_t c, int lanes) {
+                                              const Vec<T> y =
+                                                  load_up_to(hidden + r * below + c, lanes);
+                                              return select<T>(y <= Vec<T>{}, Vec<T>{}, g * scale);
+                                            });
+                           });
     grad.swap(next);
   }
 }

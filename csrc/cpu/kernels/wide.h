@@ -1,9 +1,9 @@
 // The operands of a backward that runs layer by layer.
 #pragma once
 
-#include "cpu/kernels/blocked_gemm.h"
 #include "cpu/kernels/moments.h"
 #include "cpu/kernels/network.h"
+#include "cpu/kernels/products.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
@@ -24,9 +24,7 @@ struct Wide {
   // Elements of the largest packed weight.
   int64_t room_numel() const {
     int64_t numel = 0;
-    for (int l = 0; gemm_row_parts(op.rows).count > 1 && l < op.layers; ++l) {
-      numel = larger(numel, packed_numel<T>(op.widths[l + 1], op.widths[l]));
-    }
+    for (int l = 0; l < op.layers; ++l) numel = larger(numel, packed_size(panels(l), op.rows));
     return numel;
   }
   size_t bytes() const {
@@ -46,20 +44,19 @@ struct Wide {
   }
 
   // The weight of layer l as the right operand of grad @ weight.
-  Panels<T> weight(int l) {
-    const int64_t in = op.widths[l], out = op.widths[l + 1];
-    Panels<T> panels(static_cast<const T*>(op.weights[l]), in, out, in);
-    if (panels.packed_size(op.rows) > 0) panels.pack_all(room);
-    return panels;
+  Panels<T> weight(int l) const {
+    Panels<T> packed = panels(l);
+    if (packed_size(packed, op.rows) > 0) packed.pack_all(room);
+    return packed;
   }
 
   // Calls product(load) with what reads the input of layer l.
   template <class Product>
   void with_input(int l, const Product& product) const {
     if (l == 0) {
-      product(load_rows(static_cast<const T*>(op.input), op.input_stride));
+      product(LoadRows<T>{static_cast<const T*>(op.input), op.input_stride});
     } else {
-      product(load_rows(static_cast<const T*>(hidden[l - 1]), op.widths[l]));
+      product(LoadRows<T>{hidden[l - 1], op.widths[l]});
     }
   }
 
@@ -82,6 +79,12 @@ struct Wide {
         });
       }
     };
+  }
+
+ private:
+  Panels<T> panels(int l) const {
+    const int64_t in = op.widths[l], out = op.widths[l + 1];
+    return Panels<T>(static_cast<const T*>(op.weights[l]), in, out, in);
   }
 };
 

@@ -1,0 +1,68 @@
+"""Wide layers by torch's BLAS and without it, each in a process made to choose so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_mlp import backends
+
+TESTS = Path(__file__).resolve().parent
+# Layers, chains and networks on both sides of a core's cache and of the rows from which BLAS is
+# chosen, forward and backward; the rows of a strided matrix as input.
+CHECK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from support import ACTIVATIONS, act_case, check_case, lay_out, mlp_case, research_case
+from fused_mlp import on_chip
+
+cpu = torch.device("cpu")
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for dtype in (torch.float32, torch.float64):
+        for rows in (5, 70, 300):
+            for kind in ACTIVATIONS:
+                check_case(act_case(kind, (rows, 300), 37, p=0.3, dtype=dtype, device=cpu))
+            case = act_case("relu", (rows, 40), 270, bias=False, dtype=dtype, device=cpu)
+            for layout in ("contiguous", "gap", "steps", "expanded"):
+                case.tensors["input"] = lay_out(case.tensors["input"], layout)
+                case.tensors["weight"] = lay_out(case.tensors["weight"], layout)
+                check_case(case)
+            check_case(mlp_case((rows, 150), (130, 140, 3), ("relu", "tanh", "none"), dtype=dtype))
+            check_case(mlp_case((rows, 40), (300, 270, 3), ("relu", "gelu", "none"), dtype=dtype))
+        for rows, *widths in ((70, 40, 270, 300, 9), (1100, 300, 270, 33, 7), (600, 9, 300, 1)):
+            for training in (True, False):
+                check_case(research_case(rows, widths, training, 0.3, dtype=dtype, device=cpu))
+print(on_chip.runs_blas())
+"""
+
+pytestmark = pytest.mark.skipif(
+    backends.active_backend("cpu") != "native", reason="the CPU library does not run"
+)
+
+
+def run(blas: str, *command: str) -> str:
+    """Return what a Python process prints that takes BLAS, "1", or does not, "0"."""
+    environment = {**os.environ, "FUSED_MLP_CPU_BLAS": blas, "FUSED_MLP_BACKEND": "native"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=TESTS.parent, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("blas", ["0", "1"])
+def test_numbers(blas: str) -> None:
+    assert run(blas, "-c", CHECK, str(TESTS)).split() == [str(blas == "1")]
+
+
+def test_without_it_rows_and_threads_keep_their_bits() -> None:
+    tests = [str(TESTS / "test_threads.py"), str(TESTS / "test_determinism.py")]
+    chosen = ["-k", "test_threads or test_linear_act", "-p", "no:cacheprovider", "-q", "-n", "0"]
+    assert " passed" in run("0", "-m", "pytest", *tests, *chosen)
