@@ -61,7 +61,8 @@ void few_rows_backward(const LinearActBackward& op) {
   const int64_t block = kRows * in_stride;
   // Threads share outputs, not columns: halves of a row made 512 x 512 slower by two threads than
   // by one, since what a core reads ahead the other is writing.
-  const int64_t chunks = smaller(kFewRows, chunk_count(out, (kRows + 4) * in, 4));
+  constexpr int64_t kMost = 4, kLeastOutputs = 4;
+  const int64_t chunks = smaller(kMost, chunk_count(out, (kRows + 4) * in, kLeastOutputs));
   Arena shared(Scratch::kCall, Arena::bytes<T>(kRows * grad_stride) + Arena::bytes<T>(block) +
                                    Arena::bytes<T>(chunks * block) +
                                    Arena::bytes<uint8_t>(mask_room(net.rows, out)));
