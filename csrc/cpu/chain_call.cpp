@@ -17,13 +17,6 @@ int64_t with_more(int64_t numel, int64_t more, ScalarType dtype) {
   return more == 0 ? numel : (numel + word - 1) / word * word + more;
 }
 
-// The seed at the end of the first `numel` elements.
-int64_t* seed_in(const Tensor& saved, int64_t numel) {
-  char* data = static_cast<char*>(const_cast<void*>(saved.const_data_ptr()));
-  return reinterpret_cast<int64_t*>(data + numel * size_of(saved.scalar_type()) -
-                                    static_cast<int64_t>(kSeedBytes));
-}
-
 Tensor new_output(Chain& chain, const Tensor& input) {
   std::vector<int64_t> sizes = sizes_of(input);
   sizes.back() = chain.layers.back().out_features;
@@ -72,6 +65,7 @@ std::tuple<Tensor, Tensor> run_and_draw(const Mlp& mlp, Chain& chain, const Tens
   const int64_t numel = kept_numel(mlp, chain);
   const Tensor saved = new_empty_cpu({with_more(numel, more, chain.dtype)}, chain.dtype);
   chain.place(saved.mutable_data_ptr());
+  clear_behind(saved, numel);
   if (mlp.drops()) {
     int64_t* seed = seed_in(saved, numel);
     draw_seed(seed);

@@ -23,17 +23,6 @@ Call describe(const Network& network, const Tensor& input) {
   return call;
 }
 
-// What stands behind the first `numel` elements of `saved`.
-char* behind(const Tensor& saved, int64_t numel) {
-  char* data = static_cast<char*>(const_cast<void*>(saved.const_data_ptr()));
-  return data + numel * size_of(saved.scalar_type());
-}
-
-// The seed stands behind what the kernels keep, at the end of the first `numel` elements.
-int64_t* seed_in(const Tensor& saved, int64_t numel) {
-  return reinterpret_cast<int64_t*>(behind(saved, numel) - kSeedBytes);
-}
-
 // The elements of `saved`, with room for a seed that begins at a multiple of 8 bytes.
 int64_t saved_numel(const Network& network, Call& call) {
   if (!network.drops()) return kernels().research_net_saved_numel(call.net);
@@ -172,7 +161,7 @@ std::tuple<Tensor, Tensor> run_and_draw(const Network& network, const Tensor& in
   const int64_t numel = saved_numel(network, call);
   const Tensor saved = new_empty_cpu({with_more(numel, more)}, call.accumulate);
   net.saved = saved.mutable_data_ptr();
-  std::fill(behind(saved, numel), behind(saved, saved.numel()), '\0');
+  clear_behind(saved, numel);
   if (network.drops()) {
     draw_seed(seed_in(saved, numel));
     set_seed(network, seed_in(saved, numel), call);

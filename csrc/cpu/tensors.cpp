@@ -1,5 +1,6 @@
 #include "cpu/tensors.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -68,6 +69,12 @@ AtenTensorHandle new_handle(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     advise_large_pages(memory_of(handle), static_cast<size_t>(bytes));
   }
   return handle;
+}
+
+// What stands behind the first `numel` elements.
+char* behind(const Tensor& saved, int64_t numel) {
+  char* data = static_cast<char*>(const_cast<void*>(saved.const_data_ptr()));
+  return data + numel * size_of(saved.scalar_type());
 }
 
 }  // namespace
@@ -167,6 +174,14 @@ void draw_seed(int64_t* seed) {
   const Tensor drawn = new_empty_cpu({2}, ScalarType::Long);
   random_(drawn);
   std::memcpy(seed, drawn.const_data_ptr(), kSeedBytes);
+}
+
+int64_t* seed_in(const Tensor& saved, int64_t numel) {
+  return reinterpret_cast<int64_t*>(behind(saved, numel) - kSeedBytes);
+}
+
+void clear_behind(const Tensor& saved, int64_t numel) {
+  std::fill(behind(saved, numel), behind(saved, saved.numel()), '\0');
 }
 
 Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream) {

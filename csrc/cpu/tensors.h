@@ -96,6 +96,12 @@ inline int64_t with_seed(int64_t numel, ScalarType dtype) {
   return (numel + word - 1) / word * word + 2 * word;
 }
 
+// The seed at the end of the first `numel` elements of `saved`, behind what the kernels keep.
+int64_t* seed_in(const Tensor& saved, int64_t numel);
+
+// Zeros behind them: two equal calls keep equal bytes.
+void clear_behind(const Tensor& saved, int64_t numel);
+
 // A dropout layer from an op's arguments.
 Dropout dropout_of(double p, const std::optional<Tensor>& seed, uint32_t stream);
 
