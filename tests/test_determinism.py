@@ -39,8 +39,8 @@ def needs_own_product(
     """Skip where torch's own product serves a network, or a single layer, as wide as that."""
     if INTERPRETED and widest > 65:
         pytest.skip("takes minutes in Triton's interpreter")
-    if widest > on_chip.CPU_CACHE_WIDTH and device.type == "cpu" and backend == "native":
-        if not on_chip.runs_wide():
+    if widest >= on_chip.CPU_CACHE_WIDTH and device.type == "cpu" and backend == "native":
+        if widest > on_chip.CPU_CACHE_WIDTH and not on_chip.runs_wide():
             pytest.skip("without FMA torch's own product serves wide layers")
         if layer and on_chip.runs_blas():
             pytest.skip("torch's BLAS serves this many rows here: see test_blas.py")

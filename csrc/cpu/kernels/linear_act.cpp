@@ -118,7 +118,8 @@ void linear_act(const LinearAct& op) {
     });
   }
   if (!is_single_or_double(op.dtype)) return linear_act_half(op);
-  ChainSize(&op, 1).in_cache ? walk_chain(&op, 1) : linear_act_wide(op);
+  const ChainSize size(&op, 1);
+  size.in_cache && !size.is_one_product() ? walk_chain(&op, 1) : linear_act_wide(op);
 }
 void linear_act_backward(const LinearActBackward& op) {
   const LinearAct& net = op.forward;

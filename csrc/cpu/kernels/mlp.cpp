@@ -219,7 +219,7 @@ void walk_chain(const LinearAct* chain, int layers) {
 
 void mlp(const LinearAct* chain, int layers) {
   const ChainSize size(chain, layers);
-  if (size.walks()) return walk_chain(chain, layers);
+  if (size.walks() && !size.is_one_product()) return walk_chain(chain, layers);
   dispatch_single_or_double(
       chain[0].dtype, [&](auto element) { run_layers<decltype(element)>(chain, layers, size); });
 }
