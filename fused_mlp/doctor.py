@@ -290,7 +290,8 @@ def _row(name: str, value: object) -> str:
 def _kernels(cpu: dict[str, Any]) -> str:
     if not cpu.get("isa"):
         return "nothing: no compiled CPU kernels"
-    return f"{cpu['isa']}{', and torch for large products of wide layers' * cpu['blas']}"
+    helped = ", and torch for large products of wide layers" if cpu["blas"] else ""
+    return f"{cpu['isa']}{helped}"
 
 
 def _accelerator(torch_: dict[str, Any]) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import native_python
 
 from fused_mlp import backends
 
@@ -46,23 +44,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(blas: str, *command: str) -> str:
-    """Return what a Python process prints that takes BLAS, "1", or does not, "0"."""
-    environment = {**os.environ, "FUSED_MLP_CPU_BLAS": blas, "FUSED_MLP_BACKEND": "native"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=TESTS.parent, env=environment, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize("blas", ["0", "1"])
 def test_numbers(blas: str) -> None:
-    assert run(blas, "-c", CHECK, str(TESTS)).split() == [str(blas == "1")]
+    assert native_python("-c", CHECK, str(TESTS), FUSED_MLP_CPU_BLAS=blas).split() == [
+        str(blas == "1")
+    ]
 
 
 def test_without_it_rows_and_threads_keep_their_bits() -> None:
     tests = [str(TESTS / "test_threads.py"), str(TESTS / "test_determinism.py")]
     chosen = ["-k", "test_threads or test_linear_act", "-p", "no:cacheprovider", "-q", "-n", "0"]
-    assert " passed" in run("0", "-m", "pytest", *tests, *chosen)
+    assert " passed" in native_python("-m", "pytest", *tests, *chosen, FUSED_MLP_CPU_BLAS="0")

@@ -50,15 +50,16 @@ def prepared(x: Tensor, parameters: list, buffers: list, layout: list, options: 
 
 def test_equal_calls_keep_equal_bytes_whatever_was_in_memory() -> None:
     x, parameters, buffers, layout, options = arguments(p=0.0)
-    kept = []
-    for filling in (0.0, float("nan"), 1.0):
-        numel = kept[0].numel() if kept else 1
-        del [torch.full((numel,), filling) for _ in range(8)][:]  # memory to be used again
+
+    def kept() -> Tensor:
         copies = [buffer.clone() for buffer in buffers]
-        _, saved = KERNELS.mlp_compiled(x, parameters, copies, layout, options)
-        kept.append(saved.view(torch.int32))
-    assert torch.equal(kept[0], kept[1])
-    assert torch.equal(kept[0], kept[2])
+        return KERNELS.mlp_compiled(x, parameters, copies, layout, options)[1].view(torch.int32)
+
+    first = kept()
+    for filling in (float("nan"), 1.0):
+        blocks = [torch.full(first.shape, filling) for _ in range(8)]
+        del blocks  # memory to be used again
+        assert torch.equal(kept(), first)
 
 
 # Bits of input, weights, biases, and weight and bias of each layer's batch norm.

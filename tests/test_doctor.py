@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_mlp import _build, doctor
+from fused_mlp import _build, doctor, on_chip
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {"fused_mlp", "python", "platform", "torch", "cpu", "gpus", "triton", "tools"}
@@ -66,6 +66,10 @@ def test_with_the_compiled_kernels() -> None:
     assert report["problems"] == []
     assert report["torch"]["version"] == torch.__version__
     assert report["cpu"]["isa"] in ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+    assert report["cpu"]["blas"] is on_chip.runs_blas()
+    for blas, words in (("0", False), ("1", True)):
+        text = run("doctor", folder=ROOT, FUSED_MLP_CPU_BLAS=blas).stdout
+        assert ("and torch for large products" in text) is words
     state = native_on_cpu(report)
     assert state["available"]
     assert state["active"]
@@ -80,6 +84,7 @@ def test_without_a_compiler(bare: Path) -> None:
     assert report["fused_mlp"]["location"] == str(bare / "fused_mlp")
     assert report["problems"] == []
     assert report["cpu"]["isa"] is None
+    assert report["cpu"]["blas"] is False
     state = native_on_cpu(report)
     assert not state["available"]
     assert "no C++ compiler" in state["detail"]

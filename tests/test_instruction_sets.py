@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import native_python
 
 from fused_mlp import _build, backends
 
@@ -47,27 +45,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def at(level: str, *command: str) -> str:
-    """Return what a Python process that may use no more than ``level`` prints."""
-    environment = {**os.environ, "FUSED_MLP_CPU_ISA": level, "FUSED_MLP_BACKEND": "native"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=TESTS.parent, env=environment, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return done.stdout
-
-
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> str:
     name = request.param
     if name not in _build.describe(_build.library_path("cpu"))["isas"]:
         pytest.skip(f"the library has no kernels for {name}")
-    used = at(name, "-c", "from fused_mlp import backends; print(backends.isa())").strip()
+    ask = "from fused_mlp import backends; print(backends.isa())"
+    used = native_python("-c", ask, FUSED_MLP_CPU_ISA=name).strip()
     if used != name:
         pytest.skip(f"this processor has no {name}: {used} runs in its place")
     return name
 
 
 def test_activations(level: str) -> None:
-    assert at(level, "-c", CHECK, str(TESTS)).split() == [level]
+    assert native_python("-c", CHECK, str(TESTS), FUSED_MLP_CPU_ISA=level).split() == [level]

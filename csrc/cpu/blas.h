@@ -18,10 +18,9 @@ struct BlasMatrix {
 };
 
 // c[rows, columns] = a[rows, depth] @ b[depth, columns]. Every size is positive and no size and no
-// leading dimension exceeds an int.
-void blas_multiply(int64_t rows, int64_t columns, int64_t depth, BlasMatrix<float> a,
-                   BlasMatrix<float> b, float* c, int64_t c_leading);
-void blas_multiply(int64_t rows, int64_t columns, int64_t depth, BlasMatrix<double> a,
-                   BlasMatrix<double> b, double* c, int64_t c_leading);
+// leading dimension exceeds an int. T is float or double.
+template <class T>
+void blas_multiply(int64_t rows, int64_t columns, int64_t depth, BlasMatrix<T> a, BlasMatrix<T> b,
+                   T* c, int64_t c_leading);
 
 }  // namespace fused_mlp

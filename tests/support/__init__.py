@@ -21,7 +21,13 @@ from .cases import (
     research_case,
 )
 from .chains import mlp_case
-from .environment import INTERPRETED, MULTIPLIES_BFLOAT16, free_memory, needs_memory
+from .environment import (
+    INTERPRETED,
+    MULTIPLIES_BFLOAT16,
+    free_memory,
+    native_python,
+    needs_memory,
+)
 from .layouts import LAYOUTS, lay_out
 from .philox import keep_mask, philox4x32
 from .special import check_special_values
@@ -47,6 +53,7 @@ __all__ = [
     "lay_out",
     "linear_case",
     "mlp_case",
+    "native_python",
     "needs_memory",
     "normalize_case",
     "odd_sizes",

@@ -1,8 +1,13 @@
-"""What the machine has: Triton's interpreter, bfloat16 products, memory for the huge tensors."""
+"""What the machine has: Triton's interpreter, bfloat16 products, memory for the huge tensors.
+
+And Python processes where the CPU library makes other choices than here.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,16 @@ from fused_mlp import backends
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Whether the CPU kernels multiply bfloat16 itself, by instructions of the processor's.
 MULTIPLIES_BFLOAT16 = backends.isa() in ("avx512_bf16", "amx_bf16")
+
+
+def native_python(*command: str, **environment: str) -> str:
+    """Return what a Python process prints that has the CPU library and these variables set."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=Path(__file__).resolve().parents[2], capture_output=True,
+        env={**os.environ, "FUSED_MLP_BACKEND": "native", **environment}, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout
 
 
 def free_memory(device: torch.device) -> float:

@@ -80,15 +80,6 @@ FUSED_MLP_INLINE void for_blocks(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
-// Calls body(first, rows) for blocks of independent rows of `work` multiply-adds each.
-template <class Body>
-inline void for_row_blocks(int64_t rows, int64_t work, const Body& body) {
-  const int64_t grain = larger(1, kThreadWork / larger(1, work));
-  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
-    for_blocks(begin, end, [&](const RowBlock& block) { body(block.first, block.rows); });
-  });
-}
-
 // Calls body(first, rows) for blocks of rows that fill about 64 kB.
 template <class Body>
 FUSED_MLP_INLINE void for_some_rows(int64_t begin, int64_t end, int64_t columns, const Body& body) {
@@ -96,6 +87,15 @@ FUSED_MLP_INLINE void for_some_rows(int64_t begin, int64_t end, int64_t columns,
   for (int64_t first = begin; first < end; first += most) {
     body(first, smaller(most, end - first));
   }
+}
+
+// Calls body(first, rows) for blocks of independent rows of `work` multiply-adds each.
+template <class Body>
+inline void for_row_blocks(int64_t rows, int64_t work, const Body& body) {
+  const int64_t grain = larger(1, kThreadWork / larger(1, work));
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+    for_blocks(begin, end, [&](const RowBlock& block) { body(block.first, block.rows); });
+  });
 }
 
 // The same for a second pass over rows of `bytes` bytes: what the first one read last is still in

@@ -1,10 +1,10 @@
 // What forward and backward of a chain of Linear layers share.
 #pragma once
 
-#include "cpu/blas.h"
 #include "cpu/kernels/chunks.h"
 #include "cpu/kernels/few_rows.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/products.h"
 #include "cpu/kernels/rows.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
@@ -40,10 +40,12 @@ struct ChainSize {
   // Else one layer runs after the other: a handful of rows reads each weight once, and threads
   // share the features of a wide layer.
   bool walks() const { return in_cache && rows > kFewRows; }
-  // Forward, a layer by itself that just fits: 256 cubed by BLAS takes 0.9 of the time.
+  // Forward, a layer by itself that just fits: 256 cubed by BLAS takes 0.9 of the time, 1024 rows
+  // as long.
   bool is_one_product() const {
-    return layers == 1 && work >= kCacheWidth * kCacheWidth && rows >= 256 && rows < 1024 &&
-           blas_is_faster();
+    constexpr int64_t kMost = 1023;
+    return layers == 1 && work >= kCacheWidth * kCacheWidth && rows <= kMost &&
+           takes_blas(kBlasForward, rows);
   }
   // Backward.
   bool shares_features() const {

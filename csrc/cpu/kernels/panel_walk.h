@@ -1,21 +1,17 @@
 // Rows that walk through the layers of a network as transposed panels (panels.h), a few panels at a
 // time. Where there are too few rows for all threads, the threads share the features of one layer
-// after the other.
+// after the other. Many rows of a wide network may go by BLAS instead (blas_walk.h).
 #pragma once
 
+#include "cpu/kernels/blas_walk.h"
 #include "cpu/kernels/network.h"
 #include "cpu/kernels/panels.h"
-#include "cpu/kernels/products.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
 // Panels that walk together through a wide network: its weights are read once for all of them. Four
 // are 3 % slower, sixteen as fast.
 constexpr int64_t kWidePanels = 8;
-// Where BLAS makes the products: from how many rows on, and how many of them run layer by layer at
-// a time. (1024,[1024,1024],1024) takes 7.1 ms by BLAS at 256 rows and 5.7 without, at 1024 23.6
-// and 26.5.
-constexpr int64_t kBlasWalk = 512, kBlasRows = 1024;
 // A wide network of up to this many rows a thread runs layer by layer.
 constexpr int64_t kLeastWalk = 32;
 
@@ -69,9 +65,13 @@ class PanelWalk {
   // Layers first … last - 1. The batch norm is applied behind layer layers - 2; where that layer's
   // output is kept, a run ends there, and one from the next layer on begins with what was kept.
   void run(int first, int last) const {
-    if (runs_blas()) {
-      run_blas(first, last);
-    } else if (together_) {
+    if constexpr (std::is_same_v<S, T>) {
+      if (widest > kCacheWidth &&
+          takes_blas(kBlasWalk, op.rows, narrowest, widest, op.input_stride)) {
+        return BlasWalk<T>{op, biases, kept, affine, widest}.run(first, last);
+      }
+    }
+    if (together_) {
       run_together(first, last);
     } else {
       walk(first, last);
@@ -195,56 +195,6 @@ class PanelWalk {
       std::swap(before, after);
     }
     write(last_layer, 0, op.rows, before);
-  }
-
-  // Products by BLAS: each reads a weight whole, so rows need not walk together.
-  bool runs_blas() const {
-    return std::is_same_v<S, T> && widest > kCacheWidth && narrowest > 0 &&
-           takes_blas(kBlasWalk, op.rows, widest, op.input_stride);
-  }
-  void run_blas(int first_layer, int last_layer) const {
-    if constexpr (std::is_same_v<S, T>) {
-      const int64_t room = smaller(kBlasRows, op.rows) * widest;
-      Temporary<T> before(room), after(room);
-      for (int64_t row = 0; row < op.rows; row += kBlasRows) {
-        const int64_t rows = smaller(kBlasRows, op.rows - row);
-        const T* input = static_cast<const T*>(op.input) + row * op.input_stride;
-        int64_t stride = op.input_stride;
-        if (first_layer > 0) {
-          stride = op.widths[first_layer];
-          activate(row, rows, stride, before.data());
-          input = before.data();
-        }
-        for (int l = first_layer; l < last_layer; ++l) {
-          const int64_t width = op.widths[l + 1];
-          T* output = l == op.layers - 1 ? static_cast<T*>(op.output) : kept[l];
-          output = output ? output + row * width : after.data();
-          blas_layer(l).run(row, rows, input, stride, nullptr, output);
-          input = output;
-          stride = width;
-          before.swap(after);
-        }
-      }
-    }
-  }
-  BlasLayer<T> blas_layer(int l) const {
-    BlasLayer<T> layer = {op.widths[l], op.widths[l + 1], weight(l), op.widths[l],
-                          biases[l],    nullptr,          {}};
-    if (l < op.layers - 2) {
-      layer.act = {Activation::kReLU, 0, op.dropout[l]};
-    } else if (l == op.layers - 2 && kept[l] == nullptr) {
-      layer.norm = &affine;
-      layer.act = {Activation::kLeakyReLU, op.negative_slope, {}};
-    }
-    return layer;
-  }
-  // What the last layer reads.
-  void activate(int64_t row, int64_t rows, int64_t width, T* to) const {
-    const T* z = kept[op.layers - 2] + row * width;
-    for_row_blocks(rows, width * kPassCost, [&](int64_t first, int64_t some) {
-      finish_act<T>(&affine, {Activation::kLeakyReLU, op.negative_slope, {}}, row + first, some, 0,
-                    width, z + first * width, width, to + first * width, width, nullptr);
-    });
   }
 
   int64_t bias_numel_ = 0;

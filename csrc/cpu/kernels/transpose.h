@@ -47,27 +47,20 @@ FUSED_MLP_INLINE void load_corner_transposed(const S* from, int64_t stride, int6
 template <class T>
 constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
 
-// Pieces `stride` apart side by side, put together by loads: no shuffle crosses pieces then.
-FUSED_MLP_INLINE Vec<float> load_pieces(const float* p, int64_t stride) {
+// Pieces `stride` apart side by side, put together by loads: no shuffle crosses pieces then. Bits
+// are moved, so that loads of float32 serve every type.
+template <class T>
+FUSED_MLP_INLINE Vec<T> load_pieces(const T* p, int64_t stride) {
+  const auto piece = [&](int64_t i) {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(p + i * stride));
+  };
 #if defined(__AVX512F__)
-  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
-  v = _mm512_mask_broadcast_f32x4(v, 0x00F0, _mm_loadu_ps(p + stride));
-  v = _mm512_mask_broadcast_f32x4(v, 0x0F00, _mm_loadu_ps(p + 2 * stride));
-  return (Vec<float>)_mm512_mask_broadcast_f32x4(v, 0xF000, _mm_loadu_ps(p + 3 * stride));
+  __m512 v = _mm512_castps128_ps512(piece(0));
+  v = _mm512_mask_broadcast_f32x4(v, 0x00F0, piece(1));
+  v = _mm512_mask_broadcast_f32x4(v, 0x0F00, piece(2));
+  return (Vec<T>)_mm512_mask_broadcast_f32x4(v, 0xF000, piece(3));
 #else
-  const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps(p));
-  return (Vec<float>)_mm256_insertf128_ps(v, _mm_loadu_ps(p + stride), 1);
-#endif
-}
-FUSED_MLP_INLINE Vec<double> load_pieces(const double* p, int64_t stride) {
-#if defined(__AVX512F__)
-  __m512d v = _mm512_castpd128_pd512(_mm_loadu_pd(p));
-  v = _mm512_mask_broadcast_f64x2(v, 0x0C, _mm_loadu_pd(p + stride));
-  v = _mm512_mask_broadcast_f64x2(v, 0x30, _mm_loadu_pd(p + 2 * stride));
-  return (Vec<double>)_mm512_mask_broadcast_f64x2(v, 0xC0, _mm_loadu_pd(p + 3 * stride));
-#else
-  const __m256d v = _mm256_castpd128_pd256(_mm_loadu_pd(p));
-  return (Vec<double>)_mm256_insertf128_pd(v, _mm_loadu_pd(p + stride), 1);
+  return (Vec<T>)_mm256_insertf128_ps(_mm256_castps128_ps256(piece(0)), piece(1), 1);
 #endif
 }
 
