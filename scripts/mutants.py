@@ -120,7 +120,7 @@ GROUPS = {
             *(f"csrc/cpu/kernels/{name}" for name in (
                 "batch_norm.h", "moments.h", "gemm.h", "weight_grad.h", "dropout.h",
                 "activation.h", "elementary.h", "few_rows.h", "blocked_gemm.h", "rows.h",
-                "panels.h", "panel_walk.h", "products.h", "linear_act_wide.cpp",
+                "panels.h", "panel_walk.h", "blas_walk.h", "products.h", "linear_act_wide.cpp",
                 "linear_act_half.cpp", "act_dropout.cpp", "normalize.cpp", "linear_act.cpp",
                 "mlp.cpp", "mlp_backward.cpp", "batch_norm_act.cpp", "activation.cpp",
                 "dropout.cpp", "gemm.cpp", "research_net.cpp", "research_net_backward.cpp",
