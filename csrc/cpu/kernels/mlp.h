@@ -19,9 +19,8 @@ void walk_chain_backward(const LinearActBackward* chain, int layers);
 // Backward, few rows of a chain of that many multiply-adds a row run layer by layer as wide ones
 // do: threads share the features, and no weight's gradient is merged. (17,[256,256],6) takes 33 us
 // in place of 52 at 32 rows and as long at 64; (64,[128,128],10) 15.6 in place of 19.3;
-// (4,[64,64],2) no less. Where BLAS is faster, up to 256 rows do: 10 to 25 % less from 64 rows of
-// 128 features on.
-constexpr int64_t kLayeredRows = 63, kBlasLayeredRows = 256;
+// (4,[64,64],2) no less.
+constexpr int64_t kLayeredRows = 63;
 constexpr int64_t kLayeredWork = int64_t{1} << 14;
 
 // The size of a chain.
@@ -45,12 +44,11 @@ struct ChainSize {
   bool is_one_product() const {
     constexpr int64_t kMost = 1023;
     return layers == 1 && work >= kCacheWidth * kCacheWidth && rows <= kMost &&
-           takes_blas(kBlasForward, rows);
+           rows >= kBlasForward && blas_is_faster();
   }
   // Backward.
   bool shares_features() const {
-    return rows > kFewRows && rows <= (blas_is_faster() ? kBlasLayeredRows : kLayeredRows) &&
-           work >= kLayeredWork;
+    return rows > kFewRows && rows <= kLayeredRows && work >= kLayeredWork;
   }
 
  private:

@@ -66,8 +66,8 @@ class PanelWalk {
   // output is kept, a run ends there, and one from the next layer on begins with what was kept.
   void run(int first, int last) const {
     if constexpr (std::is_same_v<S, T>) {
-      if (widest > kCacheWidth &&
-          takes_blas(kBlasWalk, op.rows, narrowest, widest, op.input_stride)) {
+      if (widest > kCacheWidth && op.rows >= kBlasWalk &&
+          takes_blas(op.rows, narrowest, widest, op.input_stride)) {
         return BlasWalk<T>{op, biases, kept, affine, widest}.run(first, last);
       }
     }
