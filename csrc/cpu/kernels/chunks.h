@@ -80,15 +80,6 @@ FUSED_MLP_INLINE void for_blocks(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
-// Calls body(first, rows) for blocks of rows that fill about 64 kB.
-template <class Body>
-FUSED_MLP_INLINE void for_some_rows(int64_t begin, int64_t end, int64_t columns, const Body& body) {
-  const int64_t most = larger(1, smaller(kBlockRows, (int64_t{1} << 14) / larger(1, columns)));
-  for (int64_t first = begin; first < end; first += most) {
-    body(first, smaller(most, end - first));
-  }
-}
-
 // Calls body(first, rows) for blocks of independent rows of `work` multiply-adds each.
 template <class Body>
 inline void for_row_blocks(int64_t rows, int64_t work, const Body& body) {
@@ -96,6 +87,15 @@ inline void for_row_blocks(int64_t rows, int64_t work, const Body& body) {
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
     for_blocks(begin, end, [&](const RowBlock& block) { body(block.first, block.rows); });
   });
+}
+
+// Calls body(first, rows) for blocks of rows that fill about 64 kB.
+template <class Body>
+FUSED_MLP_INLINE void for_some_rows(int64_t begin, int64_t end, int64_t columns, const Body& body) {
+  const int64_t most = larger(1, smaller(kBlockRows, (int64_t{1} << 14) / larger(1, columns)));
+  for (int64_t first = begin; first < end; first += most) {
+    body(first, smaller(most, end - first));
+  }
 }
 
 // The same for a second pass over rows of `bytes` bytes: what the first one read last is still in
