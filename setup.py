@@ -1,7 +1,8 @@
 """Builds the libraries of csrc/ while the package is installed; the rest is in pyproject.toml.
 
 FUSED_MLP_CPU and FUSED_MLP_CUDA say for either library: "auto" (the default: build it if it can be
-built, else install without it), "1" (fail if it cannot), "0" (leave it out).
+built and the torch beside it could use it, else install without it), "1" (build it, or fail), "0"
+(leave it out).
 """
 
 import importlib.util
@@ -41,11 +42,21 @@ class BuildLibraries(build_ext):
         for kind in ("cpu", "cuda"):
             output = package / f"_C_{kind}.so"
             wanted = os.environ.get(f"FUSED_MLP_{kind.upper()}", "auto")
-            reason = "left out" if wanted == "0" else self.try_to_build(kind, output, wanted == "1")
+            reason = self.why_not(kind, wanted) or self.try_to_build(kind, output, wanted == "1")
             if reason:
                 for stale in (output, output.with_suffix(".json")):
                     stale.unlink(missing_ok=True)
                 print(f"fused_mlp: no {output.name}: {reason}", file=sys.stderr)
+
+    def why_not(self, kind: str, wanted: str) -> str:
+        """Returns '' or why the library is not even tried."""
+        if wanted == "0":
+            return "left out"
+        torch = _build.find_torch().path
+        if kind == "cuda" and wanted == "auto" and torch and _build.torch_lacks_cuda(torch):
+            # seven architectures take ten minutes on two cores, and nothing here could load them
+            return f"torch in {torch} is built without CUDA; FUSED_MLP_CUDA=1 builds it anyway"
+        return ""
 
     def try_to_build(self, kind: str, output: Path, required: bool) -> str:
         """Returns '' or why there is no library; raises only where one is required."""

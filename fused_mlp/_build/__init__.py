@@ -20,7 +20,15 @@ from .library import (
     source_root,
 )
 from .runner import max_jobs
-from .toolchain import Tool, find_cxx, find_ninja, find_nvcc, find_torch, version_line
+from .toolchain import (
+    Tool,
+    find_cxx,
+    find_ninja,
+    find_nvcc,
+    find_torch,
+    torch_lacks_cuda,
+    version_line,
+)
 
 __all__ = [
     "BuildFailed",
@@ -37,5 +45,6 @@ __all__ = [
     "library_path",
     "max_jobs",
     "source_root",
+    "torch_lacks_cuda",
     "version_line",
 ]

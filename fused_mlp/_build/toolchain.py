@@ -101,6 +101,12 @@ def find_torch() -> Tool:
     return Tool(found)
 
 
+def torch_lacks_cuda(torch: Path) -> bool:
+    """Whether the torch in this folder says of itself that it cannot use NVIDIA GPUs."""
+    text = (torch / "version.py").read_text() if (torch / "version.py").is_file() else ""
+    return bool(re.search(r"^cuda\b[^=\n]*=\s*None\b", text, re.MULTILINE))
+
+
 def compiler_remedy() -> str:
     """How a C++ compiler is installed on this system."""
     if sys.platform == "darwin":
