@@ -23,6 +23,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def test_the_tables_of_activations_are_those_the_script_writes() -> None:
+    pytest.importorskip("mpmath")
+    tables = load("activation_tables")
+    assert tables.text() == tables.HEADER.read_text()
+
+
 @pytest.fixture
 def barriers() -> ModuleType:
     return load("barriers")

@@ -5,6 +5,7 @@
 #include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/dropout.h"
 #include "cpu/kernels/elementary.h"
+#include "cpu/kernels/gelu.h"
 #include "cpu/kernels/kernels.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
@@ -17,15 +18,14 @@ struct Act {
   Vec<T> slope;
 
   FUSED_MLP_INLINE Vec<T> value(Vec<T> x) const {
-    constexpr T kRoot2 = T(0.70710678118654752440);
     if constexpr (kActivation == Activation::kReLU) {
       return relu<T>(x);
     } else if constexpr (kActivation == Activation::kLeakyReLU) {
       return leaky_relu<T>(x, slope);
     } else if constexpr (kActivation == Activation::kGELU) {
-      return x * T(0.5) * (T(1) + erf<T>(x * kRoot2));
+      return x * gelu_share<T>(x);
     } else if constexpr (kActivation == Activation::kGELUTanh) {
-      return x * T(0.5) * (T(1) + tanh<T>(kBeta * (x + kKappa * (x * x * x))));
+      return x * gelu_tanh_share<T>(x);
     } else if constexpr (kActivation == Activation::kSiLU) {
       return x / (T(1) + exp<T>(-x));
     } else if constexpr (kActivation == Activation::kTanh) {
@@ -41,14 +41,9 @@ struct Act {
     } else if constexpr (kActivation == Activation::kLeakyReLU) {
       return select<T>(kept > Vec<T>{}, grad, grad * slope);
     } else if constexpr (kActivation == Activation::kGELU) {
-      constexpr T kRoot2 = T(0.70710678118654752440), kDensity = T(0.39894228040143267794);
-      const Vec<T> share = T(0.5) * (T(1) + erf<T>(kept * kRoot2));
-      return grad * (share + kept * (exp<T>(kept * kept * T(-0.5)) * kDensity));
+      return grad * gelu_slope<T>(kept);
     } else if constexpr (kActivation == Activation::kGELUTanh) {
-      const Vec<T> square = kept * kept;
-      const Vec<T> t = tanh<T>(kBeta * (kept + kKappa * (kept * square)));
-      const Vec<T> slope_of_t = kBeta * (T(1) + T(3) * kKappa * square);
-      return grad * (T(0.5) * (T(1) + t) + T(0.5) * kept * (T(1) - t * t) * slope_of_t);
+      return grad * gelu_tanh_slope<T>(kept);
     } else if constexpr (kActivation == Activation::kSiLU) {
       const Vec<T> share = T(1) / (T(1) + exp<T>(-kept));
       return grad * share * (T(1) + kept * (T(1) - share));
@@ -58,9 +53,6 @@ struct Act {
       return grad;
     }
   }
-
- private:
-  static constexpr T kBeta = T(0.79788456080286535588), kKappa = T(0.044715);
 };
 
 // Room for the mask of a block.

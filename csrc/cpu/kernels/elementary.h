@@ -3,12 +3,11 @@
 // The polynomials are near-minimax fits (mpmath's chebyfit, 50 digits; linear programs for the last
 // two): of expm1(r) / r for |r| <= ln(2) / 2, of erf(x) / x in x^2 for |x| <= 1, and beyond, as far
 // as erf differs from 1, in double of exp(x^2) erfc(x) in (x - 3) / (x + 3), in float of log2 of
-// erfc(x) and of (2^r - 1) / r for |r| <= 1 / 2, which takes half the instructions. Against 40
-// digits the largest errors seen, in units in the last place, are 1.1 of exp, 2.5 of tanh and 2.4
-// of erf.
+// erfc(x) and of (2^r - 1) / r for |r| <= 1 / 2, which takes half the instructions. The
+// largest errors seen, in units in the last place, are 1.1 of exp, 3.3 of tanh and 2.4 of erf.
 #pragma once
 
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/lookup.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 
@@ -18,8 +17,9 @@ struct Series;
 template <>
 struct Series<float> {
   static constexpr float kLargest = 90, kSmallest = -110;  // exp overflows and underflows before
-  static constexpr float kRounder = 0x1.8p23f;             // added and taken off, rounds
   static constexpr int kMantissa = 23, kBias = 127;
+  // Added and taken off, rounds; the sum's last bits are the exponent of 2 to the rounded value.
+  static constexpr float kRounder = 0x1.8p23f + kBias;
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kTanhFlat = 10, kErfFlat = 4;  // 1 from here on
   static constexpr float kExpm1[] = {0x1.000000p+0f, 0x1.000000p-1f, 0x1.555556p-3f,
@@ -38,8 +38,8 @@ struct Series<float> {
 template <>
 struct Series<double> {
   static constexpr double kLargest = 720, kSmallest = -760;
-  static constexpr double kRounder = 0x1.8p52;
   static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRounder = 0x1.8p52 + kBias;
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kTanhFlat = 20, kErfFlat = 6;
   static constexpr double kExpm1[] = {
@@ -77,27 +77,46 @@ FUSED_MLP_INLINE Vec<T> with_sign(Vec<T> magnitude, Vec<T> sign) {
   return (Vec<T>)((Vec<Bits<T>>)magnitude | ((Vec<Bits<T>>)sign & (Vec<Bits<T>>)splat(T(-0.0))));
 }
 
-// x = n ln(2) + r: exp(x) = 2^n + 2^n expm1(r). The power comes in two factors, for n may exceed
-// the exponents there are, in either direction.
+// x = n ln(2) + r: exp(x) = 2^n + 2^n expm1(r).
 template <class T>
 struct Reduced {
-  Vec<T> power, rest, expm1;
-};
+  Vec<T> shifted, expm1;  // n + kRounder, expm1(r)
 
-template <class T>
-FUSED_MLP_INLINE Vec<T> power_of_two(Vec<Bits<T>> n) {
-  return (Vec<T>)((n + Series<T>::kBias) << Series<T>::kMantissa);
-}
+  // 2^n, where that is a normal number.
+  FUSED_MLP_INLINE Vec<T> power() const {
+    return (Vec<T>)((Vec<Bits<T>>)shifted << Series<T>::kMantissa);
+  }
+  // value 2^n for any n: in two factors where no instruction does it, for n may exceed the
+  // exponents there are, in either direction.
+  FUSED_MLP_INLINE Vec<T> scaled(Vec<T> value) const {
+    using C = Series<T>;
+#if defined(__AVX512F__)
+    const Vec<T> n = shifted - C::kRounder;
+    if constexpr (std::is_same_v<T, float>) {
+      return (Vec<float>)_mm512_scalef_ps((__m512)value, (__m512)n);
+    } else {
+      return (Vec<double>)_mm512_scalef_pd((__m512d)value, (__m512d)n);
+    }
+#else
+    const Vec<Bits<T>> n = (Vec<Bits<T>>)shifted - (Vec<Bits<T>>)splat(C::kRounder);
+    const Vec<Bits<T>> half = n >> 1;
+    return value * power_of_two(half) * power_of_two(n - half);
+#endif
+  }
+
+ private:
+  FUSED_MLP_INLINE static Vec<T> power_of_two(Vec<Bits<T>> n) {
+    return (Vec<T>)((n + Series<T>::kBias) << Series<T>::kMantissa);
+  }
+};
 
 template <class T>
 FUSED_MLP_INLINE Reduced<T> reduce(Vec<T> x) {
   using C = Series<T>;
   const Vec<T> shifted = x * T(1.44269504088896340736) + C::kRounder;
-  const Vec<Bits<T>> n = (Vec<Bits<T>>)shifted - (Vec<Bits<T>>)splat(C::kRounder);
-  const Vec<T> whole = shifted - C::kRounder;
-  const Vec<T> r = (x - whole * C::kLn2High) - whole * C::kLn2Low;
-  const Vec<Bits<T>> half = n >> 1;
-  return {power_of_two<T>(half), power_of_two<T>(n - half), r * polynomial<T>(r, C::kExpm1)};
+  const Vec<T> n = shifted - C::kRounder;
+  const Vec<T> r = (x - n * C::kLn2High) - n * C::kLn2Low;
+  return {shifted, r * polynomial<T>(r, C::kExpm1)};
 }
 
 // A NaN stays one, infinities give infinity and 0.
@@ -107,22 +126,31 @@ FUSED_MLP_INLINE Vec<T> exp(Vec<T> x) {
   x = select<T>(x > C::kLargest, splat(C::kLargest), x);
   x = select<T>(x < C::kSmallest, splat(C::kSmallest), x);
   const Reduced<T> y = reduce<T>(x);
-  return (y.expm1 + T(1)) * y.power * y.rest;
+  return y.scaled(y.expm1 + T(1));
 }
 
 // e / (e + 2) with e = expm1(2 x), right to the last places near zero too; 1 - 2 / (e + 2) where
 // that rounds but once, which the gradient 1 - tanh(x)^2 needs.
 template <class T>
-FUSED_MLP_INLINE Vec<T> tanh(Vec<T> x) {
+FUSED_MLP_INLINE Vec<T> tanh_by_exp(Vec<T> x) {
   using C = Series<T>;
   Vec<T> size = absolute<T>(x);
   size = select<T>(size > C::kTanhFlat, splat(C::kTanhFlat), size);
   const Reduced<T> y = reduce<T>(size + size);
-  const Vec<T> power = y.power * y.rest;
+  const Vec<T> power = y.power();
   const Vec<T> expm1 = power * y.expm1 + (power - T(1));
   const Vec<Bits<T>> large = expm1 > T(2);
   const Vec<T> share = select<T>(large, splat(T(-2)), expm1) / (expm1 + T(2));
   return with_sign<T>(select<T>(large, share + T(1), share), x);
+}
+
+template <class T>
+FUSED_MLP_INLINE Vec<T> tanh(Vec<T> x) {
+  if constexpr (kLooksUp<T>) {
+    return with_sign<T>(look_up(kTanhTable, x), x);
+  } else {
+    return tanh_by_exp<T>(x);
+  }
 }
 
 // erfc(x) for 1 <= x <= kErfFlat.
