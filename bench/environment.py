@@ -21,6 +21,7 @@ from fused_mlp import backends
 from .errors import BenchError
 
 BUSY = 0.25  # cores that others keep busy, above which numbers are not to be believed
+MEASURED = ("bench", "csrc", "fused_mlp", "kernels", "pyproject.toml", "setup.py")
 PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "jax", "attorch")
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_BLOCKTIME", "GOMP_SPINCOUNT",
               "OMP_WAIT_POLICY", "FUSED_MLP_BACKEND", "FUSED_MLP_CPU_ISA",
@@ -144,12 +145,13 @@ def cpu_name() -> str:
 
 
 def git_revision() -> str | None:
-    """Return the commit of the checkout, marked where files differ from it."""
+    """Return the commit of the checkout, marked where files that are measured differ from it."""
     root = Path(__file__).resolve().parent.parent
     revision = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if not revision:
         return None
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    words = ("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
+    changed = _output("git", "-C", str(root), *words)
     return revision + ("+changes" if changed else "")
 
 
