@@ -26,14 +26,10 @@ BIAS = 127  # of float32's exponent, whose last three bits and the two after the
 TOP = """// Written by scripts/activation_tables.py, which says what stands here. Do not edit.
 #pragma once
 
+#include "cpu/kernels/lookup.h"
+
 // clang-format off
 namespace fused_mlp {
-
-struct LookupTable {
-  float lowest;  // where the first interval would begin if it did not reach down to 0
-  float flat;    // somewhere in the first of the intervals where the function is constant
-  alignas(64) float rows[8][32];  // the intervals' middles; the terms of degree 0 … 6
-};
 """
 
 
@@ -45,7 +41,7 @@ class Table:
     meaning: str
     function: Callable[[mpf], mpf]
     lowest: int
-    flat: float  # where an interval begins
+    flat: float  # from here on, where an interval begins
     limit: int
 
 

@@ -103,8 +103,9 @@ def find_torch() -> Tool:
 
 def torch_lacks_cuda(torch: Path) -> bool:
     """Whether the torch in this folder says of itself that it cannot use NVIDIA GPUs."""
-    text = (torch / "version.py").read_text() if (torch / "version.py").is_file() else ""
-    return bool(re.search(r"^cuda\b[^=\n]*=\s*None\b", text, re.MULTILINE))
+    version = torch / "version.py"
+    pattern = r"^cuda\b[^=\n]*=\s*None\b"
+    return version.is_file() and bool(re.search(pattern, version.read_text(), re.MULTILINE))
 
 
 def compiler_remedy() -> str:

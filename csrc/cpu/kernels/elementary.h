@@ -3,11 +3,12 @@
 // The polynomials are near-minimax fits (mpmath's chebyfit, 50 digits; linear programs for the last
 // two): of expm1(r) / r for |r| <= ln(2) / 2, of erf(x) / x in x^2 for |x| <= 1, and beyond, as far
 // as erf differs from 1, in double of exp(x^2) erfc(x) in (x - 3) / (x + 3), in float of log2 of
-// erfc(x) and of (2^r - 1) / r for |r| <= 1 / 2, which takes half the instructions. The
-// largest errors seen, in units in the last place, are 1.1 of exp, 3.3 of tanh and 2.4 of erf.
+// erfc(x) and of (2^r - 1) / r for |r| <= 1 / 2, which takes half the instructions. The largest
+// errors seen, in units in the last place, are 1.1 of exp, 3.3 of tanh and 2.4 of erf.
 #pragma once
 
-#include "cpu/kernels/lookup.h"
+#include "cpu/kernels/lookup_tables.h"
+#include "cpu/kernels/vec.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/kernels/elementary.h"
+#include "cpu/kernels/lookup_tables.h"
 
 namespace fused_mlp::FUSED_MLP_ISA {
 

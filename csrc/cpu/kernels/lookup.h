@@ -9,8 +9,17 @@
 // 1.13.
 #pragma once
 
-#include "cpu/kernels/lookup_tables.h"
 #include "cpu/kernels/vec.h"
+
+namespace fused_mlp {
+
+struct LookupTable {
+  float lowest;  // where the first interval would begin if it did not reach down to 0
+  float flat;    // from here on the function is constant; an interval begins here
+  alignas(64) float rows[8][32];  // the intervals' middles; the terms of degree 0 … 6
+};
+
+}  // namespace fused_mlp
 
 namespace fused_mlp::FUSED_MLP_ISA {
 

@@ -1,14 +1,10 @@
 // Written by scripts/activation_tables.py, which says what stands here. Do not edit.
 #pragma once
 
+#include "cpu/kernels/lookup.h"
+
 // clang-format off
 namespace fused_mlp {
-
-struct LookupTable {
-  float lowest;  // where the first interval would begin if it did not reach down to 0
-  float flat;    // somewhere in the first of the intervals where the function is constant
-  alignas(64) float rows[8][32];  // the intervals' middles; the terms of degree 0 … 6
-};
 
 // tanh(x)
 inline constexpr LookupTable kTanhTable = {
