@@ -77,7 +77,7 @@ def mlp(input: Tensor, layers: Layers) -> Tensor | None:
         input, layers.weights, layers.activations
     ):
         return None
-    call = _describe(input, layers)
+    call = describe(input, layers)
     if call is None:
         return None
     parameters, buffers, layout, options, bits = call
@@ -99,7 +99,7 @@ def mlp(input: Tensor, layers: Layers) -> Tensor | None:
     return output
 
 
-def _describe(input: Tensor, layers: Layers) -> _Call | None:
+def describe(input: Tensor, layers: Layers) -> _Call | None:
     """Return what the ops take; None for a batch norm or a number of layers they do not."""
     count = len(layers.weights)
     biases = {layer: bias for layer, bias in enumerate(layers.biases) if bias is not None}
