@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .activations import GELU
 from .reference import accumulate_dtype
 
 # Up to this width a block of rows and its activations stay in a core's cache: 256 columns keep 64
@@ -18,9 +17,9 @@ from .reference import accumulate_dtype
 CPU_CACHE_WIDTH = 256
 CPU_MAX_LAYERS = 32  # csrc/cpu/kernels/kernels.h: kMaxLayers
 _CHAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# Elements of a bfloat16 weight up to which our products win, and the activation that torch's may
-# compute faster than ours: modules/attempt.py.
-_MOST_BFLOAT16 = 1 << 20
+# Elements of a bfloat16 weight beyond which every layer is on its own, and may be torch's:
+# modules/attempt.py, csrc/cpu/kernels/bfloat16/tuning.h.
+MOST_BFLOAT16 = 1 << 20
 _WIDE_DTYPES = (torch.float32, torch.float64)  # and bfloat16 where it has products of its own
 # Below this many input columns the first layer is computed again in backward: its mask is stored,
 # one bit an element, in place of its output.
@@ -51,23 +50,26 @@ def may_fit_mlp(input: Tensor) -> bool:
     return input.dtype in _CHAIN_DTYPES and input.is_cpu
 
 
-def fits_mlp(input: Tensor, weights: Sequence[Tensor], numbers: Sequence[int]) -> bool:
+def fits_mlp(input: Tensor, weights: Sequence[Tensor]) -> bool:
     """Return whether the active backend runs a chain of Linear layers in one op.
 
     Args:
         input: what the first takes.
         weights: of the layers.
-        numbers: their activations'.
     """
     if not may_fit_mlp(input) or backends.active_backend("cpu") != "native":
         return False
     if input.dtype == torch.bfloat16 and (
-        not _has_pairs(input)
-        or GELU in numbers
-        or max(weight.numel() for weight in weights) > _MOST_BFLOAT16
+        not _has_pairs(input) or max(weight.numel() for weight in weights) > MOST_BFLOAT16
     ):
-        return False  # ops of single layers know where torch's products win
+        return False
     return fits(input, weights)
+
+
+@functools.cache
+def isa() -> str | None:
+    """Return the instruction set of the CPU library."""
+    return backends.isa()
 
 
 @functools.cache

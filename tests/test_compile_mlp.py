@@ -152,16 +152,18 @@ def test_the_seed_of_op_by_op_is_that_of_one_op(make, device):
         torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("make", "count"), [(layers, 1), (tanh_last, 40)])
-def test_a_chain_that_no_op_takes_whole_draws_a_seed_a_layer(make, count, device):
-    """GELU in bfloat16, and more layers than the library has room for: as the module does."""
+@pytest.mark.parametrize(
+    ("make", "count", "dtype"), [(layers, 1, torch.float16), (tanh_last, 40, torch.bfloat16)]
+)
+def test_a_chain_that_no_op_takes_whole_draws_a_seed_a_layer(make, count, dtype, device):
+    """Half precision, and more layers than the library has room for: as the module does."""
     torch.manual_seed(0)
     hidden = [nn.Linear(10, 10) for _ in range(count - 1)]
-    fused = FusedSequential(*hidden, *make(0.5)).to(device, torch.bfloat16)
+    fused = FusedSequential(*hidden, *make(0.5)).to(device, dtype)
     outputs = []
     for net in (fused, torch.compile(fused, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(11)
-        outputs.append(net(rows(device=device).bfloat16()))
+        outputs.append(net(rows(device=device).to(dtype)))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0.05, atol=0.05)
 
 

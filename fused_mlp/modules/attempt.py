@@ -6,7 +6,6 @@ statistic touched.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ def linear_act(
     if activation != activations.RELU:
         if not _has_kernel(variant, "linear_act", input):
             return None
-        if not p and _torch_is_faster(input, weight, activation):
+        if not p and _torch_is_faster(input, weight):
             return None
     if not 0.0 <= p <= 1.0:
         return None
@@ -216,37 +215,19 @@ def _has_kernel(variant: Variant, op: str, input: Tensor) -> bool:
     return known
 
 
-# Multiply-adds of a bfloat16 product by dot products of vectors from which torch's own layers win,
-# other than with ReLU. Narrow layers gain up to twice that (1024x64x64: 1.12 in evaluation, 1.2 to
-# 1.4 in training). Not so with dropout, whose mask costs torch more than the product: 1.5 to 5.3 at
-# every shape tried, 1024 cubed and 65536x128x128 among them.
-_MOST_DOTS = 128**3
-_NARROW = 64
-# With tiles the product takes so little that nothing is gained where nothing is to be fused:
-# 4096 x 256 x 256 without an activation ran at 0.78 to 0.83 times the speed of eager in evaluation,
-# 256 cubed at 1.1 to 1.9, 1024 cubed at 1.05 to 1.6. With GELU 0.94 to 1.04 in evaluation of 4096
-# and 16384 rows, 1.1 to 1.15 in training; other activations: 0.94 to 1.7.
-_MOST_OUTPUTS = 1 << 17
-_SHALLOW = 256
+def _torch_is_faster(input: Tensor, weight: Any) -> bool:
+    """Return whether torch's product and activation, without dropout, win on this CPU.
 
-
-def _torch_is_faster(input: Tensor, weight: Any, activation: int) -> bool:
-    """Return whether torch's product and activation, without dropout, win on this CPU."""
-    if input.dtype is not torch.bfloat16 or input.device.type != "cpu":
-        return False
-    out_features, in_features = weight.shape
-    if _isa() == "amx_bf16":
-        outputs = input.numel() // max(1, in_features) * out_features
-        return (
-            activation == activations.NONE and in_features <= _SHALLOW and outputs > _MOST_OUTPUTS
-        )
-    most = _MOST_DOTS * (2 if max(weight.shape) <= _NARROW else 1)
-    return _isa() == "avx512_bf16" and input.numel() * out_features > most
-
-
-@functools.cache
-def _isa() -> str | None:
-    return backends.isa()
+    64 and 512 rows of 2048 x 2048 took 1.03 to 1.07 times as long with ours in training, where
+    bfloat16 has dot products but no tiles. Up to a million weights ours take 0.3 to 1.0 times as
+    long.
+    """
+    return (
+        input.dtype is torch.bfloat16
+        and input.device.type == "cpu"
+        and weight.numel() > on_chip.MOST_BFLOAT16
+        and on_chip.isa() == "avx512_bf16"
+    )
 
 
 def _batch_norm_over_group(input: Any, state: NormState, negative_slope: float) -> Tensor | None:
@@ -325,7 +306,7 @@ def mlp(fit: Fit, input: Any, layers: Layers) -> Tensor | None:
         return None
     backend, in_one_op = variant.fits
     if backend != backends._chosen:
-        in_one_op = on_chip.fits_mlp(input, layers.weights, layers.activations)
+        in_one_op = on_chip.fits_mlp(input, layers.weights)
         variant.fits = (backends._chosen, in_one_op)
     # A mode wants to see the ops of each layer.
     if not in_one_op or torch._C._len_torch_dispatch_stack() > 0:

@@ -278,7 +278,7 @@ class MLPGroup(WholeGroup):
         check_mlp(input, arguments)
 
     def fits(self, input: Tensor, arguments: Layers) -> bool:
-        return on_chip.fits_mlp(input, arguments.weights, arguments.activations)
+        return on_chip.fits_mlp(input, arguments.weights)
 
     def norms(self) -> list[dict[str, Any]]:
         return list(self._norms.values())

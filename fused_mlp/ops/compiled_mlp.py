@@ -73,9 +73,7 @@ def mlp(input: Tensor, layers: Layers) -> Tensor | None:
     where nothing is traced: backend="eager" runs a graph as a module runs, and differentiates it
     twice.
     """
-    if type(input) in (Tensor, Parameter) or not on_chip.fits_mlp(
-        input, layers.weights, layers.activations
-    ):
+    if type(input) in (Tensor, Parameter) or not on_chip.fits_mlp(input, layers.weights):
         return None
     call = describe(input, layers)
     if call is None:

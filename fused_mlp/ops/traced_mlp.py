@@ -115,7 +115,7 @@ def _by_layer(input: Tensor, layers: Layers) -> Tensor:
     l; elsewhere each layer draws its own.
     """
     seed = None
-    if any(layers.dropout_p) and on_chip.fits_mlp(input, layers.weights, layers.activations):
+    if any(layers.dropout_p) and on_chip.fits_mlp(input, layers.weights):
         seed = draw_seed(input.device)
     hidden = input
     for layer, p in enumerate(layers.dropout_p):
