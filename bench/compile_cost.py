@@ -2,7 +2,7 @@
 
 A compiled call checks guards and goes through the runtimes of AOTAutograd and Inductor whatever its
 graph holds. That share is what a compiled step takes beyond the op that its graph calls, when that
-is called by itself with the same autograd node. The rest is what the op costs beside the
+is called by itself in an autograd node like the graph's. The rest is what the op costs beside the
 uncompiled module, which calls its network by a handle and checks that nothing has changed.
 """
 

@@ -105,6 +105,7 @@ def _triton_missing(device: str) -> tuple[str, str] | None:
     )
 
 
+@functools.cache
 def isa() -> str | None:
     """Return the instruction set the CPU kernels chose, or None without them."""
     path = native_library("cpu").path

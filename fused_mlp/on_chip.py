@@ -67,12 +67,6 @@ def fits_mlp(input: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 @functools.cache
-def isa() -> str | None:
-    """Return the instruction set of the CPU library."""
-    return backends.isa()
-
-
-@functools.cache
 def _cpu_has(question: str) -> bool:
     """Return what the CPU library answers to one of its questions (csrc/cpu/isa.cpp)."""
     function = getattr(ctypes.CDLL(backends.native_library("cpu").path), question)

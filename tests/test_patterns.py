@@ -10,7 +10,7 @@ from support import assert_as_accurate
 from support.networks import assert_same_step, kernels_run, pair
 from torch import nn
 
-from fused_mlp import FusedSequential, fuse, on_chip
+from fused_mlp import FusedSequential, backends, fuse
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -243,7 +243,7 @@ def test_subclasses_and_parametrized_layers_run_as_themselves(device):
 def test_large_bfloat16_products_are_left_to_torch_where_it_is_faster(
     monkeypatch, isa, behind, width, dropout, ran
 ):
-    monkeypatch.setattr(on_chip, "isa", lambda: isa)
+    monkeypatch.setattr(backends, "isa", lambda: isa)
     _, fused = pair([nn.Linear(width, width), *behind, nn.Dropout(dropout)])
     input = torch.randn(3, width).bfloat16()
     assert bool(kernels_run(lambda: fused.bfloat16()(input))) == ran

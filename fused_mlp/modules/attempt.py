@@ -219,14 +219,14 @@ def _torch_is_faster(input: Tensor, weight: Any) -> bool:
     """Return whether torch's product and activation, without dropout, win on this CPU.
 
     64 and 512 rows of 2048 x 2048 took 1.03 to 1.07 times as long with ours in training, where
-    bfloat16 has dot products but no tiles. Up to a million weights ours take 0.3 to 1.0 times as
-    long.
+    bfloat16 has dot products but no tiles (both held to that on a machine that has them). Up to a
+    million weights ours take 0.3 to 1.0 times as long.
     """
     return (
         input.dtype is torch.bfloat16
         and input.device.type == "cpu"
         and weight.numel() > on_chip.MOST_BFLOAT16
-        and on_chip.isa() == "avx512_bf16"
+        and backends.isa() == "avx512_bf16"
     )
 
 
