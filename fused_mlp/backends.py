@@ -287,9 +287,19 @@ def _plain_kernel(kernel: str) -> Callable[..., Any]:
                         f"{tensor.layout} and dtype {tensor.dtype}; convert it with .to_dense() or "
                         ".dequantize()"
                     )
-        return function(*arguments)
+        return _as_contiguous(function(*arguments))
 
     return call
+
+
+def _as_contiguous(results: Any) -> Any:
+    """Return a kernel's results as other backends give them, which compiled graphs rely on.
+
+    Torch's own operations keep the order of their input's dimensions in memory.
+    """
+    if isinstance(results, Tensor):
+        return results.contiguous()
+    return type(results)(tensor.contiguous() for tensor in results)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -2,6 +2,8 @@
 // walk of a block of rows through the hidden layers.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/chunks.h"
 #include "cpu/kernels/dropout.h"
@@ -82,6 +84,15 @@ struct Shape {
   uint8_t* mask(int layer, int64_t row) const {
     return reinterpret_cast<uint8_t*>(mean() + offsets[layer]) +
            row * mask_bytes(op.widths[layer + 1]);
+  }
+
+  // Clears what lies between the first layer's mask and the next element, so that equal calls keep
+  // equal bytes.
+  void end_mask() const {
+    if (hidden == 0 || !op.training || !recomputed(0) || !op.dropout[0].active()) return;
+    const int64_t bytes = op.rows * mask_bytes(op.widths[1]);
+    std::memset(mask(0, op.rows), 0,
+                static_cast<size_t>(round_up(bytes, static_cast<int64_t>(sizeof(T))) - bytes));
   }
 };
 

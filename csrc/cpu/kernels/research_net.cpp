@@ -79,6 +79,7 @@ template <class S>
 void train(const ResearchNet& op) {
   using T = Compute<S>;
   const Shape<T> shape(op);
+  shape.end_mask();
   const int64_t channels = shape.channels, room = round_up(channels, kPanel<T>);
   const int64_t chunks = product_chunk_count(op.rows, shape.work);
   Arena arena(Scratch::kCall, Forward<T>::bytes(op) + 3 * Arena::bytes<T>(room) +
