@@ -13,6 +13,8 @@ from fused_mlp import FusedResearchNet, FusedSequential
 from fused_mlp.modules.groups import make_whole
 from fused_mlp.modules.patterns import find_runs
 from fused_mlp.ops import compiled_mlp
+from fused_mlp.ops._common import bound
+from fused_mlp.text import text_of
 
 from .cases import REFERENCE
 
@@ -60,43 +62,47 @@ class _Node(torch.autograd.Function):
         return None, None, *ctx.differentiate(grad_output, input, weights, saved)
 
 
+# As the ops' own nodes are called: without autograd.Function's look for what functorch left, 2 us.
+_apply = super(torch.autograd.Function, _Node).apply
+
+
 def _network_op(net: FusedResearchNet) -> Call:
     weights, biases, norm, dropout_p, slope = _read(list(net.research_layers))
     weight, bias, mean, variance, counter, training, momentum, eps, _ = norm
     parameters = [*weights, *biases, weight, bias]
     if not training:
-        evaluate = _KERNELS.research_net_compiled_evaluate.default
-        tensors = [*parameters, mean, variance]
-        return lambda x: evaluate(x, tensors, eps, slope)
-    backward = _KERNELS.research_net_compiled_backward.default
+        evaluate = bound(_KERNELS.research_net_compiled_evaluate.default)
+        tensors, text = [*parameters, mean, variance], text_of((eps, slope))
+        return lambda x: evaluate(x, tensors, text)
+    backward = bound(_KERNELS.research_net_compiled_backward.default)
     mask = _all_but_input(len(parameters))
     call = (
-        _KERNELS.research_net_compiled.default,
+        bound(_KERNELS.research_net_compiled.default),
         lambda *given: backward(*given, mask),
-        ([mean, variance, counter], [momentum, eps, slope, *dropout_p]),
+        ([mean, variance, counter], text_of((momentum, eps, slope, *dropout_p))),
         1 + len(weights),
     )
-    return lambda x: _Node.apply(call, x, *parameters)
+    return lambda x: _apply(call, x, *parameters)
 
 
 def _chain_op(net: FusedSequential) -> Call:
     layers = _read(list(net))
     described = compiled_mlp.describe(torch.empty(1, REFERENCE[0]), layers)
     assert described is not None and not layers.keeps_output()
-    parameters, *options, bits = described
+    parameters, buffers, text, bits = described
     if not net.training:
-        evaluate = _KERNELS.mlp_compiled_evaluate.default
-        return lambda x: evaluate(x, parameters, *options)
-    backward = _KERNELS.mlp_compiled_backward.default
+        evaluate = bound(_KERNELS.mlp_compiled_evaluate.default)
+        return lambda x: evaluate(x, [*parameters, *buffers], text)
+    backward = bound(_KERNELS.mlp_compiled_backward.default)
     assert bits == list(range(1 + len(parameters)))
     mask = _all_but_input(len(parameters))
     call = (
-        _KERNELS.mlp_compiled.default,
+        bound(_KERNELS.mlp_compiled.default),
         lambda grad, input, weights, saved: backward(grad, input, weights, None, saved, mask),
-        options,
+        (buffers, text),
         1 + len(layers.weights),
     )
-    return lambda x: _Node.apply(call, x, *parameters)
+    return lambda x: _apply(call, x, *parameters)
 
 
 def _all_but_input(parameters: int) -> int:

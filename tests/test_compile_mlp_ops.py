@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def arguments(dtype=torch.float32, p: float = 0.3, rows: int = 6, width: int = 5) -> list:
-    """Return those of a chain with all that there may be: input, parameters, buffers, the rest."""
+    """Return those of a chain with all that there may be: input, parameters, buffers, layers."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, 4), (width, 4), (3, width), (2, 3), (width,), (2,), (width,), (width,)]
     x, *parameters = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
@@ -33,15 +33,19 @@ def arguments(dtype=torch.float32, p: float = 0.3, rows: int = 6, width: int = 5
         torch.zeros(width, dtype=dtype), torch.ones(width, dtype=dtype), torch.tensor(0),
         torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype),
     ]  # fmt: skip
-    layout = [0, LEAKY_RELU | BIAS | DROPS | NORM | TRAINS | AFFINE, RELU | NORM, TANH | BIAS]
-    return [x, parameters, buffers, layout, [0.2, p, 0.1, 1e-5, 0.1, 1e-3]]
+    first = [LEAKY_RELU | BIAS | DROPS | NORM | TRAINS | AFFINE, 0.2, p, 0.1, 1e-5]
+    return [x, parameters, buffers, text(0, *first, RELU | NORM, 0.1, 1e-3, TANH | BIAS)]
 
 
-def prepared(x: Tensor, parameters: list, buffers: list, layout: list, options: list) -> Tensor:
+def text(*numbers: float) -> str:
+    return " ".join(map(str, numbers))
+
+
+def prepared(x: Tensor, parameters: list, buffers: list, layers: str) -> Tensor:
     """Return the same chain as a module hands it over."""
     w0, w1, w2, b0, b2, gamma, beta = parameters
     norms = [gamma, beta, *buffers[:3], None, None, *buffers[3:], None]
-    slope, p, m0, e0, m1, e1 = options
+    _, _, slope, p, m0, e0, _, m1, e1, _ = map(float, layers.split())
     return KERNELS.mlp_prepare(
         [w0, w1, w2], [b0, None, b2], [LEAKY_RELU, RELU, TANH], [slope, 0.0, 0.0], [p, 0.0, 0.0],
         [0, 1], norms, [True, False], [m0, m1], [e0, e1],
@@ -49,11 +53,11 @@ def prepared(x: Tensor, parameters: list, buffers: list, layout: list, options: 
 
 
 def test_equal_calls_keep_equal_bytes_whatever_was_in_memory() -> None:
-    x, parameters, buffers, layout, options = arguments(p=0.0)
+    x, parameters, buffers, layers = arguments(p=0.0)
 
     def kept() -> Tensor:
         copies = [buffer.clone() for buffer in buffers]
-        return KERNELS.mlp_compiled(x, parameters, copies, layout, options)[1].view(torch.int32)
+        return KERNELS.mlp_compiled(x, parameters, copies, layers)[1].view(torch.int32)
 
     first = kept()
     for filling in (float("nan"), 1.0):
@@ -96,18 +100,39 @@ def test_a_step_is_that_of_the_prepared_chain(dtype, p, rows, width):
 
 
 def test_evaluation_is_that_of_the_prepared_chain():
-    given = arguments(p=0.0)
-    given[3][1] &= ~TRAINS
-    del given[2][2]
-    layers = [given[1][:3], [given[1][3], None, given[1][4]], [LEAKY_RELU, RELU, TANH]]
-    norms = [*given[1][5:], *given[2][:2], None, None, None, *given[2][2:], None]
+    x, parameters, buffers, trained = arguments(p=0.0)
+    w0, w1, w2, b0, b2, gamma, beta = parameters
+    mean0, var0, _, mean1, var1 = buffers
+    norms = [gamma, beta, mean0, var0, None, None, None, mean1, var1, None]
     handle = KERNELS.mlp_prepare(
-        *layers, [0.2, 0.0, 0.0], [0.0] * 3, [0, 1], norms, [False] * 2, [0.1] * 2, [1e-5, 1e-3]
-    )
-    expected = KERNELS.mlp_evaluate(given[0], handle)
-    assert torch.equal(KERNELS.mlp_compiled_evaluate(*given), expected)
+        [w0, w1, w2], [b0, None, b2], [LEAKY_RELU, RELU, TANH], [0.2, 0.0, 0.0], [0.0] * 3, [0, 1],
+        norms, [False] * 2, [0.1] * 2, [1e-5, 1e-3],
+    )  # fmt: skip
+    expected = KERNELS.mlp_evaluate(x, handle)
+    layers = change_layer(trained, 0, lambda code: code & ~TRAINS)
+    tensors = [*parameters, mean0, var0, mean1, var1]
+    assert torch.equal(KERNELS.mlp_compiled_evaluate(x, tensors, layers), expected)
     with pytest.raises(RuntimeError, match="batch norms in evaluation"):
-        KERNELS.mlp_compiled_evaluate(*arguments())
+        KERNELS.mlp_compiled_evaluate(x, [*parameters, *buffers], trained)
+    with pytest.raises(RuntimeError, match="7 parameters and 4 buffers for these layers"):
+        KERNELS.mlp_compiled_evaluate(x, tensors[1:], layers)
+
+
+PLACES = (1, 6, 9)  # of the layers' numbers, behind that of the call
+
+
+def change_layer(layers: str, layer: int, change) -> str:
+    """Return the text with another number for a layer."""
+    numbers = layers.split()
+    numbers[PLACES[layer]] = str(change(int(numbers[PLACES[layer]])))
+    return " ".join(numbers)
+
+
+def change_number(place: int, value: object):
+    """Return what puts another number at this place of a text."""
+    return lambda layers: " ".join(
+        str(value) if at == place else number for at, number in enumerate(layers.split())
+    )
 
 
 def changed(place: int, value) -> list:
@@ -119,21 +144,24 @@ def changed(place: int, value) -> list:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (changed(3, lambda layout: []), "layout is empty"),
-        (changed(3, lambda layout: layout[:1]), "expected 1 to 32 layers"),
-        (changed(3, lambda layout: [0, *[NONE] * 33]), "expected 1 to 32 layers"),
-        (changed(3, lambda layout: [0, -1, *layout[2:]]), "no layer has the number -1"),
-        (changed(3, lambda layout: [0, 1 << 40, *layout[2:]]), "no layer has the number"),
-        (changed(3, lambda layout: [0, NONE | TRAINS, *layout[2:]]), "no layer has the number 64"),
-        (changed(3, lambda layout: [0, TANH | NORM, *layout[2:]]), "no activation of number 6"),
-        (changed(3, lambda layout: [0, 7, *layout[2:]]), "no activation of number 7"),
-        (changed(3, lambda layout: [*layout, NONE]), "8 parameters and 5 buffers"),
+        (changed(3, lambda layers: ""), "layers is empty"),
+        (changed(3, lambda layers: "0"), "expected 1 to 32 layers"),
+        (changed(3, lambda layers: text(0, *[NONE] * 33)), "expected 1 to 32 layers"),
+        (changed(3, change_number(1, -1)), "no layer has the number -1"),
+        (changed(3, change_number(1, 1 << 40)), "no layer has the number"),
+        (changed(3, change_number(1, 0.5)), "no layer has the number 0.5"),
+        (changed(3, lambda layers: text(0, NONE | TRAINS)), "no layer has the number 64"),
+        (changed(3, lambda layers: text(0, TANH | NORM)), "no activation of number 6"),
+        (changed(3, lambda layers: text(0, 7)), "no activation of number 7"),
+        (changed(3, lambda layers: f"{layers} {NONE}"), "8 parameters and 5 buffers"),
+        (changed(3, lambda layers: text(0, LEAKY_RELU)), "layer 2 has 1 options"),
+        (changed(3, lambda layers: f"{layers} nan"), "numbers separated by blanks, but got '0 "),
+        (changed(3, change_number(4, "1e")), "numbers separated by blanks"),
+        (changed(3, lambda layers: layers.replace(" ", ", ")), "numbers separated by blanks"),
+        (changed(3, change_number(3, 1.5)), "between 0 and 1, but got 1.5"),
+        (changed(3, change_number(5, 0.0)), "an eps in training"),
         (changed(1, lambda parameters: parameters[:-1]), "got 6 and 5"),
         (changed(2, lambda buffers: [*buffers, buffers[0]]), "got 7 and 6"),
-        (changed(4, lambda options: options[1:]), "expected 6 options for these layers, but got 5"),
-        (changed(4, lambda options: [0.2, 1.5, *options[2:]]), "between 0 and 1, but got 1.5"),
-        (changed(4, lambda options: [0.2, float("nan"), *options[2:]]), "between 0 and 1"),
-        (changed(4, lambda options: [*options[:3], 0.0, *options[4:]]), "an eps in training"),
         (changed(0, lambda x: x[:1]), "more than one row"),
         (changed(0, lambda x: x[:, 1:]), r"weights\[0\]"),
         (changed(0, lambda x: x.double()), "batch norms must have the input's dtype"),
@@ -239,7 +267,7 @@ def test_another_backend_says_for_which_a_graph_was_compiled():
     with backends.use_backend("reference"):
         for call in (
             lambda: KERNELS.mlp_compiled(*given),
-            lambda: KERNELS.mlp_compiled_evaluate(*given),
+            lambda: KERNELS.mlp_compiled_evaluate(given[0], given[1], given[3]),
             lambda: KERNELS.mlp_compiled_backward(
                 output, given[0], given[1][:3], output, saved, MASK
             ),

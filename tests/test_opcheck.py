@@ -10,7 +10,7 @@ import torch
 from support import EXAMPLES, INTERPRETED, example
 
 import fused_mlp.functional as FF
-from fused_mlp.activations import GELU, RELU, SILU, TANH
+from fused_mlp.activations import GELU, LEAKY_RELU, RELU, SILU, TANH
 from fused_mlp.backends import active_backend
 from fused_mlp.ops.schemas import COMPILED_SCHEMAS, KERNEL_SCHEMAS, PUBLIC_SCHEMAS
 
@@ -273,24 +273,24 @@ def test_compiled(device: torch.device, dtype: torch.dtype, dropout_p: float) ->
         pytest.skip("the CPU library has these ops")
     x, weights, biases, *norm = network(device)
     x, *parameters = (t.to(dtype) for t in (x, *weights, *biases, *norm))
-    options = [0.1, 1e-5, 0.01, dropout_p]
-    output, saved = RAW.research_net_compiled(x, parameters, buffers(device, 3), options)
+    numbers = f"0.1 1e-05 0.01 {dropout_p}"
+    output, saved = RAW.research_net_compiled(x, parameters, buffers(device, 3), numbers)
     calls = {
-        "research_net_compiled": (x, parameters, list(buffers(device, 3)), options),
+        "research_net_compiled": (x, parameters, list(buffers(device, 3)), numbers),
         "research_net_compiled_backward": (output, x, parameters[:3], saved, 0b1_1111_1111),
-        "research_net_compiled_evaluate": (x, [*parameters, *buffers(device, 3)[:2]], 1e-5, 0.01),
+        "research_net_compiled_evaluate": (x, [*parameters, *buffers(device, 3)[:2]], "1e-05 0.01"),
     }
     # A batch norm behind the second of three layers, which has dropout; Tanh behind the last.
     norm_buffers = list(buffers(device, 3))
-    layout = [0, SILU | 8, 2 | 8 | 16 | 32 | 64 | 128, TANH | 8]
-    options = [0.01, dropout_p, 0.1, 1e-5]
-    output, saved = RAW.mlp_compiled(x, parameters, norm_buffers, layout, options)
+    normed = LEAKY_RELU | 8 | 32 | 128
+    layers = f"0 {SILU | 8} {normed | 16 | 64} 0.01 {dropout_p} 0.1 1e-05 {TANH | 8}"
+    output, saved = RAW.mlp_compiled(x, parameters, norm_buffers, layers)
     mask = 0b1100_1111_111
-    evaluated = [0, SILU | 8, 2 | 8 | 32 | 128, TANH | 8]
+    evaluated = f"0 {SILU | 8} {normed} 0.01 0.1 1e-05 {TANH | 8}"
     calls |= {
-        "mlp_compiled": (x, parameters, norm_buffers, layout, options),
+        "mlp_compiled": (x, parameters, norm_buffers, layers),
         "mlp_compiled_backward": (output, x, parameters[:3], output, saved, mask),
-        "mlp_compiled_evaluate": (x, parameters, norm_buffers[:2], evaluated, [0.01, 0.1, 1e-5]),
+        "mlp_compiled_evaluate": (x, [*parameters, *norm_buffers[:2]], evaluated),
     }
     assert calls.keys() == COMPILED_SCHEMAS.keys()
     for name, arguments in calls.items():

@@ -1,6 +1,6 @@
 // A chain of Linear layers for compiled graphs: as for a whole network (compiled_research_net.cpp),
-// few tensors and lists, and what backward wants to know beside input, weights and output at the
-// end of `saved`.
+// few lists, numbers as a text, and what backward wants to know beside input, weights and output at
+// the end of `saved`.
 
 #include <cstring>
 #include <iterator>
@@ -8,6 +8,7 @@
 
 #include "cpu/chain.h"
 #include "cpu/ops.h"
+#include "cpu/text.h"
 
 namespace fused_mlp {
 namespace {
@@ -24,8 +25,9 @@ enum Bits : int64_t {
   kAll = 255,
 };
 
-// How the layers are built: a number each; then, of each layer in order, the slope of LeakyReLU,
-// the dropout's probability, and momentum and eps of the batch norm, as far as it has them.
+// How the layers are built: a number each; and as options, of each layer in order, the slope of
+// LeakyReLU, the dropout's probability, and momentum and eps of the batch norm, as far as it has
+// them.
 struct Plan {
   std::vector<int64_t> layers;
   std::vector<double> options;
@@ -41,29 +43,42 @@ size_t options_of(int64_t layer) {
   return size_t{is_leaky(layer)} + (layer & kDrops ? 1 : 0) + (layer & kNorm ? 2 : 0);
 }
 
-// Raises for numbers that stand for no layers.
-size_t options_of(const std::vector<int64_t>& layers) {
-  STD_TORCH_CHECK(!layers.empty() && layers.size() <= kMaxLayers,
-                  "fused_mlp: mlp_compiled: expected 1 to ", kMaxLayers, " layers");
-  size_t count = 0;
-  for (int64_t layer : layers) {
-    STD_TORCH_CHECK((layer & ~kAll) == 0 && (layer & kNorm || !(layer & kOfNorm)),
-                    "fused_mlp: mlp_compiled: no layer has the number ", layer);
-    activation_of(layer & kActivation, layer & kNorm ? Activation::kLeakyReLU : Activation::kTanh);
-    count += options_of(layer);
-  }
-  return count;
+// Raises for numbers that stand for no layer.
+void check_layer(int64_t layer) {
+  STD_TORCH_CHECK((layer & ~kAll) == 0 && (layer & kNorm || !(layer & kOfNorm)),
+                  "fused_mlp: mlp_compiled: no layer has the number ", layer);
+  activation_of(layer & kActivation, layer & kNorm ? Activation::kLeakyReLU : Activation::kTanh);
 }
 
-// The first number says which of its graph's calls this is.
-Plan plan_of(const std::vector<int64_t>& layout, const std::vector<double>& options) {
-  STD_TORCH_CHECK(!layout.empty(), "fused_mlp: mlp_compiled: layout is empty");
-  Plan plan{{layout.begin() + 1, layout.end()}, options};
-  const size_t expected = options_of(plan.layers);
-  STD_TORCH_CHECK(options.size() == expected, "fused_mlp: mlp_compiled: expected ", expected,
-                  " options for these layers, but got ", options.size());
+void check_count(size_t layers) {
+  STD_TORCH_CHECK(layers > 0 && layers <= kMaxLayers, "fused_mlp: mlp_compiled: expected 1 to ",
+                  kMaxLayers, " layers");
+}
+
+// The first number says which of its graph's calls this is. Then comes that of each layer, with its
+// options behind it.
+Plan plan_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(!numbers.empty(), "fused_mlp: mlp_compiled: layers is empty");
+  Plan plan;
+  for (auto number = numbers.begin() + 1; number != numbers.end();) {
+    const bool fits = *number >= 0 && *number <= double{kAll};
+    const auto layer = fits ? static_cast<int64_t>(*number) : -1;
+    STD_TORCH_CHECK(static_cast<double>(layer) == *number,
+                    "fused_mlp: mlp_compiled: no layer has the number ", *number);
+    check_layer(layer);
+    ++number;
+    const auto options = static_cast<ptrdiff_t>(options_of(layer));
+    STD_TORCH_CHECK(numbers.end() - number >= options, "fused_mlp: mlp_compiled: layer ", layer,
+                    " has ", options, " options");
+    plan.layers.push_back(layer);
+    plan.options.insert(plan.options.end(), number, number + options);
+    number += options;
+  }
+  check_count(plan.layers.size());
   return plan;
 }
+
+Plan plan_of(const std::string& layers) { return plan_of(numbers_of(layers)); }
 
 // The chain but for its tensors.
 Mlp without_tensors(const Plan& plan) {
@@ -90,21 +105,26 @@ Mlp without_tensors(const Plan& plan) {
   return mlp;
 }
 
+// What a plan says of the tensors that a call takes.
+struct Counts {
+  size_t parameters = 0, buffers = 0;
+};
+
+Counts count(const Plan& plan) {
+  Counts counts;
+  for (int64_t layer : plan.layers) {
+    counts.parameters += 1 + (layer & kBias ? 1 : 0) + (layer & kAffine ? 2 : 0);
+    counts.buffers += layer & kTrains ? 3 : layer & kNorm ? 2 : 0;
+  }
+  return counts;
+}
+
+using Taken = std::move_iterator<std::vector<Tensor>::iterator>;
+
 // The chain of weights, biases, and weights and biases of the batch norms, as far as there are any.
 // They are moved there, as in compiled_research_net.cpp.
-Mlp mlp_of(const Plan& plan, std::vector<Tensor>& parameters, std::vector<Tensor>& buffers) {
-  size_t expected = 0, expected_buffers = 0;
-  for (int64_t layer : plan.layers) {
-    expected += 1 + (layer & kBias ? 1 : 0) + (layer & kAffine ? 2 : 0);
-    expected_buffers += layer & kTrains ? 3 : layer & kNorm ? 2 : 0;
-  }
-  STD_TORCH_CHECK(parameters.size() == expected && buffers.size() == expected_buffers,
-                  "fused_mlp: mlp_compiled: expected ", expected, " parameters and ",
-                  expected_buffers, " buffers for these layers, but got ", parameters.size(),
-                  " and ", buffers.size());
+Mlp mlp_of(const Plan& plan, Taken parameter, Taken buffer) {
   Mlp mlp = without_tensors(plan);
-  auto parameter = std::make_move_iterator(parameters.begin());
-  auto buffer = std::make_move_iterator(buffers.begin());
   const size_t layers = plan.layers.size();
   mlp.weights.assign(parameter, parameter + static_cast<ptrdiff_t>(layers));
   parameter += static_cast<ptrdiff_t>(layers);
@@ -203,7 +223,12 @@ Plan plan_in(const Tensor& saved, size_t layers) {
     }
   };
   read(plan.layers, layers, layers);
-  const size_t options = options_of(plan.layers);
+  check_count(layers);
+  size_t options = 0;
+  for (int64_t layer : plan.layers) {
+    check_layer(layer);
+    options += options_of(layer);
+  }
   check_words(layers + options);
   read(plan.options, options, layers + options);
   return plan;
@@ -235,11 +260,14 @@ std::vector<bool> flags_of(const Plan& plan, int64_t mask) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> mlp_compiled(const Tensor& input, std::vector<Tensor>& parameters,
-                                        std::vector<Tensor>& buffers,
-                                        const std::vector<int64_t>& layout,
-                                        const std::vector<double>& options) {
-  const Plan plan = plan_of(layout, options);
-  const Mlp mlp = mlp_of(plan, parameters, buffers);
+                                        std::vector<Tensor>& buffers, const std::string& layers) {
+  const Plan& plan = parsed<Plan, plan_of>(layers);
+  const Counts counts = count(plan);
+  STD_TORCH_CHECK(parameters.size() == counts.parameters && buffers.size() == counts.buffers,
+                  "fused_mlp: mlp_compiled: expected ", counts.parameters, " parameters and ",
+                  counts.buffers, " buffers for these layers, but got ", parameters.size(), " and ",
+                  buffers.size());
+  const Mlp mlp = mlp_of(plan, Taken(parameters.begin()), Taken(buffers.begin()));
   for (const Norm& norm : mlp.norms) {
     const bool fits = !norm.weight || (norm.weight->scalar_type() == input.scalar_type() &&
                                        norm.bias->scalar_type() == input.scalar_type());
@@ -271,10 +299,17 @@ StableIValue mlp_compiled_backward(const Tensor& grad_output, const Tensor& inpu
                            flags_of(plan, output_mask));
 }
 
-Tensor mlp_compiled_evaluate(const Tensor& input, std::vector<Tensor>& parameters,
-                             std::vector<Tensor>& buffers, const std::vector<int64_t>& layout,
-                             const std::vector<double>& options) {
-  return evaluate(mlp_of(plan_of(layout, options), parameters, buffers), input);
+Tensor mlp_compiled_evaluate(const Tensor& input, std::vector<Tensor>& tensors,
+                             const std::string& layers) {
+  const Plan& plan = parsed<Plan, plan_of>(layers);
+  const Counts counts = count(plan);
+  STD_TORCH_CHECK(tensors.size() == counts.parameters + counts.buffers,
+                  "fused_mlp: mlp_compiled_evaluate: expected ", counts.parameters,
+                  " parameters and ", counts.buffers, " buffers for these layers, but got ",
+                  tensors.size(), " tensors");
+  const Taken parameters(tensors.begin());
+  return evaluate(mlp_of(plan, parameters, parameters + static_cast<ptrdiff_t>(counts.parameters)),
+                  input);
 }
 
 }  // namespace fused_mlp

@@ -9,6 +9,7 @@
 
 #include "cpu/network.h"
 #include "cpu/ops.h"
+#include "cpu/text.h"
 
 namespace fused_mlp {
 namespace {
@@ -86,8 +87,9 @@ std::vector<double> numbers_in(const Tensor& saved, size_t layers) {
 std::tuple<Tensor, Tensor> research_net_compiled(const Tensor& input,
                                                  std::vector<Tensor>& parameters,
                                                  std::vector<Tensor>& buffers,
-                                                 const std::vector<double>& options) {
-  STD_TORCH_CHECK(options.size() >= 3, "fused_mlp: research_net: expected at least 3 options");
+                                                 const std::string& numbers) {
+  const std::vector<double>& options = parsed<std::vector<double>, numbers_of>(numbers);
+  STD_TORCH_CHECK(options.size() >= 3, "fused_mlp: research_net: expected at least 3 numbers");
   STD_TORCH_CHECK(buffers.size() == 3,
                   "fused_mlp: research_net: expected running mean and variance and the counter");
   Network network = network_of(parameters, options.size() - 1, true);
@@ -138,9 +140,11 @@ StableIValue research_net_compiled_backward(const Tensor& grad_output, const Ten
   return backward_of_drawn(network, call, grad_output, saved, kept.numel(), mask);
 }
 
-Tensor research_net_compiled_evaluate(const Tensor& input, std::vector<Tensor>& tensors, double eps,
-                                      double negative_slope) {
-  STD_TORCH_CHECK(tensors.size() >= 6, "fused_mlp: research_net: expected at least 6 tensors");
+Tensor research_net_compiled_evaluate(const Tensor& input, std::vector<Tensor>& tensors,
+                                      const std::string& numbers) {
+  const std::vector<double>& options = parsed<std::vector<double>, numbers_of>(numbers);
+  STD_TORCH_CHECK(tensors.size() >= 6 && options.size() == 2,
+                  "fused_mlp: research_net: expected at least 6 tensors and 2 numbers");
   size_t layers = 0;  // the weights have two dimensions
   while (layers < tensors.size() && tensors[layers].dim() == 2) ++layers;
   Tensor running_var = std::move(tensors.back()), running_mean = std::move(tensors.end()[-2]);
@@ -148,8 +152,8 @@ Tensor research_net_compiled_evaluate(const Tensor& input, std::vector<Tensor>& 
   Network network = network_of(tensors, layers, false);
   network.running_mean = std::move(running_mean);
   network.running_var = std::move(running_var);
-  network.eps = eps;
-  network.negative_slope = negative_slope;
+  network.eps = options[0];
+  network.negative_slope = options[1];
   network.dropout_p.assign(layers < 2 ? 0 : layers - 2, 0.0);
   return evaluate(network, input);
 }

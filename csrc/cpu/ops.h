@@ -121,29 +121,26 @@ StableIValue mlp_prepared_backward(const Tensor& grad_output, const Tensor& inpu
 std::tuple<Tensor, Tensor> research_net_compiled(const Tensor& input,
                                                  std::vector<Tensor>& parameters,
                                                  std::vector<Tensor>& buffers,
-                                                 const std::vector<double>& options);
+                                                 const std::string& numbers);
 
 StableIValue research_net_compiled_backward(const Tensor& grad_output, const Tensor& input,
                                             std::vector<Tensor>& weights, const Tensor& saved,
                                             int64_t output_mask);
 
-Tensor research_net_compiled_evaluate(const Tensor& input, std::vector<Tensor>& tensors, double eps,
-                                      double negative_slope);
+Tensor research_net_compiled_evaluate(const Tensor& input, std::vector<Tensor>& tensors,
+                                      const std::string& numbers);
 
 // A chain as compiled graphs call it (compiled_mlp.cpp); the lists of tensors are emptied.
 std::tuple<Tensor, Tensor> mlp_compiled(const Tensor& input, std::vector<Tensor>& parameters,
-                                        std::vector<Tensor>& buffers,
-                                        const std::vector<int64_t>& layout,
-                                        const std::vector<double>& options);
+                                        std::vector<Tensor>& buffers, const std::string& layers);
 
 StableIValue mlp_compiled_backward(const Tensor& grad_output, const Tensor& input,
                                    std::vector<Tensor>& weights,
                                    const std::optional<Tensor>& output, const Tensor& saved,
                                    int64_t output_mask);
 
-Tensor mlp_compiled_evaluate(const Tensor& input, std::vector<Tensor>& parameters,
-                             std::vector<Tensor>& buffers, const std::vector<int64_t>& layout,
-                             const std::vector<double>& options);
+Tensor mlp_compiled_evaluate(const Tensor& input, std::vector<Tensor>& tensors,
+                             const std::string& layers);
 
 // A training step of the network behind a handle of research_net_prepare or mlp_prepare, and the
 // plan it runs: fused_mlp/training/plan.py makes and runs them.

@@ -69,7 +69,7 @@ class FusedResearchNet(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Where hooks, overrides and tracers have no say, past the frames of nn.Module: 0.7 us. Both
         # containers are looked at as nn.Module.__call__ would look at them.
-        if len(args) == 1 and not kwargs and type(self) is FusedResearchNet and not is_compiling():
+        if not is_compiling() and len(args) == 1 and not kwargs and type(self) is FusedResearchNet:
             own = self.__dict__
             layers = own["_modules"].get("research_layers")
             if type(layers) is FusedSequential:

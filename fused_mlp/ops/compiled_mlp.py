@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from .. import activations, on_chip, reference
 from ..recompute import call_number, may_run_again
+from ..text import numbers_of, text_of
 from ._common import grad_needed, register_fake, spread
 from .mlp import Layers
 
@@ -36,23 +37,22 @@ class _Call(NamedTuple):
 
     parameters: list[Tensor]
     buffers: list[Tensor]
-    layout: list[int]
-    options: list[float]
+    layers: str
     bits: list[int]
 
 
 class MLPCompiledFunction(torch.autograd.Function):
     """The autograd node of a call in a compiled graph that trains or needs a gradient.
 
-    ``call`` holds buffers, layout and options; the bits of the gradients; the number of weights;
-    whether the output tells the last derivative. Input and parameters follow.
+    ``call`` holds the buffers and the text of the layers; the bits of the gradients; the number of
+    weights; whether the output tells the last derivative. Input and parameters follow.
     """
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        buffers, layout, options, bits, weights, keeps_output = call
+        buffers, layers, bits, weights, keeps_output = call
         output: Tensor
-        output, saved = _forward(tensors[0], tensors[1:], buffers, layout, options)
+        output, saved = _forward(tensors[0], tensors[1:], buffers, layers)
         ctx.save_for_backward(*tensors[: 1 + weights], output if keeps_output else None, saved)
         ctx.bits = bits
         return output
@@ -75,38 +75,43 @@ def mlp(input: Tensor, layers: Layers) -> Tensor | None:
     """
     if type(input) in (Tensor, Parameter) or not on_chip.fits_mlp(input, layers.weights):
         return None
-    call = describe(input, layers)
+    drops = any(layers.dropout_p)
+    call = describe(input, layers, call_number() if drops else 0)
     if call is None:
         return None
-    parameters, buffers, layout, options, bits = call
+    parameters, buffers, text, bits = call
     wants_grad = grad_needed(input, *parameters)
-    drops = any(layers.dropout_p)
     trains = layers.train()
     if not (wants_grad or drops or trains):
-        output: Tensor = _evaluate(input, parameters, buffers, layout, options)
+        output: Tensor = _evaluate(input, [*parameters, *buffers], text)
         return output
     if may_run_again() or (trains and input.shape[0] < 2):
         return None
-    if drops:
-        layout[0] = call_number()
     if not wants_grad:
-        output = _forward(input, parameters, buffers, layout, options)[0]
+        output = _forward(input, parameters, buffers, text)[0]
         return output
-    given = (buffers, layout, options, bits, len(layers.weights), layers.keeps_output())
+    given = (buffers, text, bits, len(layers.weights), layers.keeps_output())
     output = MLPCompiledFunction.apply(given, input, *parameters)
     return output
 
 
-def describe(input: Tensor, layers: Layers) -> _Call | None:
-    """Return what the ops take; None for a batch norm or a number of layers they do not."""
+def describe(input: Tensor, layers: Layers, call: int = 0) -> _Call | None:
+    """Return what the ops take; None for what they do not.
+
+    Those are a batch norm without statistics or with one parameter alone, more layers than a number
+    has bits, and an option that is not finite.
+
+    Args:
+        call: a number that no other call in the graph has, where something drops.
+    """
     count = len(layers.weights)
     biases = {layer: bias for layer, bias in enumerate(layers.biases) if bias is not None}
     parameters = [*layers.weights, *biases.values()]
     bits = [*range(1 + count), *(1 + count + layer for layer in biases)]
     buffers: list[Tensor] = []
-    layout, options = [0], []
+    numbers: list[float] = [call]
     for layer, number in enumerate(layers.activations):
-        code = number
+        code, options = number, []
         if layer in biases:
             code |= _BIAS
         if number == activations.LEAKY_RELU:
@@ -130,13 +135,14 @@ def describe(input: Tensor, layers: Layers) -> _Call | None:
                 parameters += [weight, bias]
                 first = 1 + 2 * (count + layer)
                 bits += [first, first + 1]
-        layout.append(code)
-    return None if bits[-1] >= _MOST_BITS else _Call(parameters, buffers, layout, options, bits)
+        numbers += [code, *options]
+    text = text_of(numbers)
+    if text is None or bits[-1] >= _MOST_BITS:
+        return None
+    return _Call(parameters, buffers, text, bits)
 
 
-def _saved_numel(
-    input: Tensor, weights: Sequence[Tensor], layout: Sequence[int], options: Sequence[float]
-) -> int:
+def _saved_numel(input: Tensor, weights: Sequence[Tensor], text: str) -> int:
     """Return how many elements ``saved`` has: csrc/cpu/chain.cpp, chain_call.cpp, compiled_mlp.cpp.
 
     What kernels keep, with the seed behind it where something drops, and the copies of what
@@ -144,12 +150,12 @@ def _saved_numel(
     """
     rows, word = math.prod(input.shape[:-1]), 8 // input.itemsize
     statistic = reference.accumulate_dtype(input.dtype).itemsize // input.itemsize
-    given = list(options)
-    numel = 0
-    words = len(weights) + len(options)
+    _, *given = numbers_of(text)
+    numel, words = 0, len(given)
     drops = False
-    for layer, (code, weight) in enumerate(zip(layout, weights, strict=True)):
-        width, number = weight.shape[0], code & _ACTIVATION
+    for layer, weight in enumerate(weights):
+        code, width = int(given.pop(0)), weight.shape[0]
+        number = code & _ACTIVATION
         activations.check_number("mlp_compiled", number)
         slope = given.pop(0) if number == activations.LEAKY_RELU else 0.0
         p = given.pop(0) if code & _DROPS else 0.0
@@ -167,27 +173,17 @@ def _saved_numel(
     return numel + (words + 2 * drops) * word
 
 
-def _fake_output(
-    input: Tensor,
-    parameters: list[Tensor],
-    buffers: list[Tensor],
-    layout: list[int],
-    options: list[float],
-) -> Tensor:
-    last = parameters[len(layout) - 2]
-    return input.new_empty(*input.shape[:-1], last.shape[0])
-
-
 def _fake(
-    input: Tensor,
-    parameters: list[Tensor],
-    buffers: list[Tensor],
-    layout: list[int],
-    options: list[float],
+    input: Tensor, parameters: list[Tensor], buffers: list[Tensor], layers: str
 ) -> tuple[Tensor, Tensor]:
-    output = _fake_output(input, parameters, buffers, layout, options)
-    weights = parameters[: len(layout) - 1]
-    return output, input.new_empty(_saved_numel(input, weights, layout[1:], options))
+    weights = [parameter for parameter in parameters if parameter.dim() == 2]
+    output = input.new_empty(*input.shape[:-1], weights[-1].shape[0])
+    return output, input.new_empty(_saved_numel(input, weights, layers))
+
+
+def _fake_evaluate(input: Tensor, tensors: list[Tensor], layers: str) -> Tensor:
+    *_, last = (tensor for tensor in tensors if tensor.dim() == 2)
+    return input.new_empty(*input.shape[:-1], last.shape[0])
 
 
 def _fake_backward(
@@ -206,4 +202,4 @@ def _fake_backward(
 
 register_fake("mlp_compiled", _fake)
 register_fake("mlp_compiled_backward", _fake_backward)
-register_fake("mlp_compiled_evaluate", _fake_output)
+register_fake("mlp_compiled_evaluate", _fake_evaluate)

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from .. import backends, on_chip, reference
 from ..recompute import may_run_again
+from ..text import numbers_of, text_of
 from ._common import grad_needed, register_fake, spread
 
 _forward = torch.ops.fused_mlp_kernels.research_net_compiled.default
@@ -29,14 +30,14 @@ class ResearchNetCompiledFunction(torch.autograd.Function):
     """The autograd node of a training call in a compiled graph.
 
     ``call`` holds the number of weights; running mean, running variance and batch counter; the
-    options. The tensors that may need a gradient follow: input, weights…, biases…, and the batch
+    numbers. The tensors that may need a gradient follow: input, weights…, biases…, and the batch
     norm's two if it has them. What backward needs of all but input and weights is in ``saved``.
     """
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        weights, buffers, options = call
-        output, saved = _forward(tensors[0], tensors[1:], buffers, options)
+        weights, buffers, numbers = call
+        output, saved = _forward(tensors[0], tensors[1:], buffers, numbers)
         ctx.save_for_backward(*tensors[: 1 + weights], saved)
         return output
 
@@ -83,24 +84,27 @@ def research_net(
     if any(vector.dtype != input.dtype for vector in affine):
         return None
     tensors = (input, *weights, *biases, *affine)
+    options = (momentum, eps, negative_slope, *dropout_p) if training else (eps, negative_slope)
+    numbers = text_of(options)
+    if numbers is None:
+        return None
     if training:
         if may_run_again():
             return None
-        options = [momentum, eps, negative_slope, *dropout_p]
         if grad_needed(*tensors):
-            call = (len(weights), buffers, options)
+            call = (len(weights), buffers, numbers)
             output: Tensor = ResearchNetCompiledFunction.apply(call, *tensors)
             return output
-        return _forward(input, tensors[1:], buffers, options)[0]
+        return _forward(input, tensors[1:], buffers, numbers)[0]
     if any(dropout_p) or grad_needed(*tensors):
         return None
-    return _evaluate(input, (*tensors[1:], *buffers[:2]), eps, negative_slope)
+    return _evaluate(input, (*tensors[1:], *buffers[:2]), numbers)
 
 
 def _fake(
-    input: Tensor, parameters: list[Tensor], buffers: list[Tensor], options: list[float]
+    input: Tensor, parameters: list[Tensor], buffers: list[Tensor], numbers: str
 ) -> tuple[Tensor, Tensor]:
-    _, _, _, *dropout_p = options
+    _, _, _, *dropout_p = numbers_of(numbers)
     weights = parameters[: len(dropout_p) + 2]
     dtype = reference.accumulate_dtype(input.dtype)
     numel = on_chip.saved_numel(input, weights, True, dropout_p, seeded=True)
@@ -121,9 +125,7 @@ def _fake_backward(
     return [input.new_empty(s) for place, s in enumerate(everything) if output_mask >> place & 1]
 
 
-def _fake_evaluate(
-    input: Tensor, tensors: list[Tensor], eps: float, negative_slope: float
-) -> Tensor:
+def _fake_evaluate(input: Tensor, tensors: list[Tensor], numbers: str) -> Tensor:
     *_, last = (t for t in tensors if t.dim() == 2)
     return input.new_empty(input.shape[0], last.shape[0])
 

@@ -117,40 +117,37 @@ PREPARED_SCHEMAS = {
 # What graphs of torch.compile hold of a network that the CPU library runs: few arguments, and the
 # dropout's seed drawn inside, as by `research_net_prepared`. `parameters` are weights, biases and,
 # if there are, the batch norm's weight and bias, all of one dtype; `buffers` running mean, running
-# variance and the batch counter; `options` momentum, eps, slope and the dropout probabilities. Of
-# all this backward takes the weights alone: the rest stands in `saved`. A bit of `output_mask` is
-# for the input, one for each weight, each bias, and the batch norm's weight and bias. `tensors` are
-# parameters, running mean and running variance.
+# variance and the batch counter; `numbers` momentum, eps, slope and the dropout probabilities,
+# separated by blanks. Of all this backward takes the weights alone: the rest stands in `saved`. A
+# bit of `output_mask` is for the input, one for each weight, each bias, and the batch norm's weight
+# and bias. In evaluation `tensors` are parameters, running mean and running variance, `numbers` eps
+# and slope.
 COMPILED_SCHEMAS = {
     "research_net_compiled": (
-        "(Tensor input, Tensor[] parameters, Tensor(a!)[] buffers, float[] options)"
+        "(Tensor input, Tensor[] parameters, Tensor(a!)[] buffers, str numbers)"
         " -> (Tensor output, Tensor saved)"
     ),
     "research_net_compiled_backward": (
         "(Tensor grad_output, Tensor input, Tensor[] weights, Tensor saved, int output_mask)"
         " -> Tensor[]"
     ),
-    "research_net_compiled_evaluate": (
-        "(Tensor input, Tensor[] tensors, float eps, float negative_slope) -> Tensor"
-    ),
-    # The same for Linear layers in a row. `layout` is the number of the call in its graph and one
-    # for each layer (compiled_mlp.py), `options` what those say: of each layer in order the slope
+    "research_net_compiled_evaluate": "(Tensor input, Tensor[] tensors, str numbers) -> Tensor",
+    # The same for Linear layers in a row. `layers` is the number of the call in its graph, then of
+    # each layer its own number (compiled_mlp.py) and the options that this says it has: the slope
     # of LeakyReLU, the dropout's probability, and momentum and eps of its batch norm. `parameters`
     # are weights, biases, and weight and bias of the batch norms, `buffers` their running mean and
-    # variance and, where one trains, its batch counter; each as far as there are any. Backward
-    # takes `output` where the last activation's derivative comes from it.
+    # variance and, where one trains, its batch counter; each as far as there are any. In evaluation
+    # `tensors` are both. Backward takes `output` where the last activation's derivative comes from
+    # it.
     "mlp_compiled": (
-        "(Tensor input, Tensor[] parameters, Tensor(a!)[] buffers, int[] layout, float[] options)"
+        "(Tensor input, Tensor[] parameters, Tensor(a!)[] buffers, str layers)"
         " -> (Tensor output, Tensor saved)"
     ),
     "mlp_compiled_backward": (
         "(Tensor grad_output, Tensor input, Tensor[] weights, Tensor? output, Tensor saved,"
         " int output_mask) -> Tensor[]"
     ),
-    "mlp_compiled_evaluate": (
-        "(Tensor input, Tensor[] parameters, Tensor[] buffers, int[] layout, float[] options)"
-        " -> Tensor"
-    ),
+    "mlp_compiled_evaluate": "(Tensor input, Tensor[] tensors, str layers) -> Tensor",
 }
 
 # Forward without what backward wants to know: two small tensors fewer are a microsecond, a third of

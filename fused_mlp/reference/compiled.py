@@ -17,7 +17,7 @@ def _refuse(op: str) -> NoReturn:
 
 
 def research_net_compiled(
-    input: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], options: Sequence[float]
+    input: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], numbers: str
 ) -> tuple[Tensor, Tensor]:
     _refuse("research_net")
 
@@ -33,11 +33,7 @@ def research_net_compiled_backward(
 
 
 def mlp_compiled(
-    input: Tensor,
-    parameters: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    layout: Sequence[int],
-    options: Sequence[float],
+    input: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], layers: str
 ) -> tuple[Tensor, Tensor]:
     _refuse("mlp")
 
@@ -53,11 +49,5 @@ def mlp_compiled_backward(
     _refuse("mlp")
 
 
-def mlp_compiled_evaluate(
-    input: Tensor,
-    parameters: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    layout: Sequence[int],
-    options: Sequence[float],
-) -> Tensor:
+def mlp_compiled_evaluate(input: Tensor, tensors: Sequence[Tensor], layers: str) -> Tensor:
     _refuse("mlp")

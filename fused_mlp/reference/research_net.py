@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..text import numbers_of
 from .batch_norm_act import (
     batch_norm_leaky_relu,
     batch_norm_leaky_relu_backward,
@@ -143,8 +144,9 @@ def research_net_backward(
 
 
 def research_net_compiled_evaluate(
-    input: Tensor, tensors: Sequence[Tensor], eps: float, negative_slope: float
+    input: Tensor, tensors: Sequence[Tensor], numbers: str
 ) -> Tensor:
+    eps, negative_slope = numbers_of(numbers)
     *parameters, running_mean, running_var = tensors
     layers = sum(parameter.dim() == 2 for parameter in parameters)
     bn_weight, bn_bias = parameters[2 * layers :] or (None, None)
