@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import notice
-from . import nested
+from . import inductor, nested
 from .schemas import KERNELS, kernels_library
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -82,8 +82,10 @@ def formula_alone() -> Iterator[None]:
 
 def register_fake(name: str, fake: Callable[..., Any]) -> None:
     """Register what a raw kernel gives for tensors without values: tracers' and meta ones."""
+    op = getattr(getattr(torch.ops, KERNELS), name).default
 
     def with_notice(*arguments: Any) -> Any:
+        inductor.call_shortly(op)
         if type(arguments[0]) in (Tensor, Parameter) and arguments[0].is_meta:
             notice.reference_runs("meta")
         return fake(*arguments)
