@@ -21,9 +21,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as aot_config
-from torch._inductor import config as inductor_config
-from torch._inductor import lowering
 
 from fused_mlp.ops import inductor
 
@@ -109,6 +106,9 @@ def _copy(function: Any) -> Any:
 @contextmanager
 def _uncached() -> Iterator[None]:
     """Take nothing that was compiled before, perhaps otherwise."""
+    from torch._functorch import config as aot_config
+    from torch._inductor import config as inductor_config
+
     with inductor_config.patch(fx_graph_cache=False), aot_config.patch(enable_autograd_cache=False):
         yield
 
@@ -116,6 +116,8 @@ def _uncached() -> Iterator[None]:
 @contextmanager
 def _as_any_op() -> Iterator[None]:
     """Have Inductor compile the ops of our graphs as it compiles any op."""
+    from torch._inductor import lowering
+
     ours = [op for op in lowering.lowerings if "fused_mlp" in str(op)]
     with (
         mock.patch.dict(lowering.lowerings),

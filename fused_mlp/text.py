@@ -13,5 +13,8 @@ def text_of(numbers: Iterable[float]) -> str | None:
 
 
 def numbers_of(text: str) -> list[float]:
-    """Return the numbers of such a text."""
-    return [*map(float, text.split())]
+    """Return the numbers of such a text; raise ValueError for any other."""
+    numbers = [*map(float, text.split())]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"expected finite numbers separated by blanks, but got {text!r}")
+    return numbers

@@ -10,7 +10,7 @@ from support.drop_in import rows
 from support.networks import assert_same_step, pair
 from torch import nn
 
-from fused_mlp import FusedSequential, use_backend
+from fused_mlp import FusedResearchNet, FusedSequential, use_backend
 from fused_mlp.ops.compiled_mlp import MLPCompiledFunction
 
 pytestmark = pytest.mark.usefixtures("target", "nothing_compiled")
@@ -103,3 +103,14 @@ def test_gradients_of_more_layers_than_a_number_has_bits_for(native):
         compiled = Compiled(fused, backend="aot_eager")
         assert_same_step(eager, compiled, rows())
         assert kernels_of(compiled, rows()) == kernels
+
+
+@pytest.mark.parametrize("slope", [float("inf"), float("nan")])
+def test_options_that_no_text_can_hold_run_layer_by_layer(slope, native):
+    chain = [nn.Linear(10, 6), nn.LeakyReLU(slope), nn.Linear(6, 3)]
+    network = FusedResearchNet(10, [8, 6], 3, negative_slope=slope)
+    for fused in (FusedSequential(*chain).eval(), network.eval()):
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(rows()), fused(rows()), equal_nan=True)
+            assert not [k for k in kernels_of(compiled, rows()) if "compiled" in k]

@@ -5,7 +5,9 @@ They are public to whoever looks for them: whatever they are given, they raise o
 
 from __future__ import annotations
 
+import math
 import random
+import struct
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from fused_mlp import backends
 from fused_mlp.activations import LEAKY_RELU, NONE, RELU, TANH
 from fused_mlp.ops.traced_mlp import mlp
+from fused_mlp.text import numbers_of, text_of
 
 KERNELS = torch.ops.fused_mlp_kernels
 BIAS, DROPS, NORM, TRAINS, AFFINE = 8, 16, 32, 64, 128  # fused_mlp/ops/compiled_mlp.py
@@ -116,6 +119,19 @@ def test_evaluation_is_that_of_the_prepared_chain():
         KERNELS.mlp_compiled_evaluate(x, [*parameters, *buffers], trained)
     with pytest.raises(RuntimeError, match="7 parameters and 4 buffers for these layers"):
         KERNELS.mlp_compiled_evaluate(x, tensors[1:], layers)
+
+
+def test_numbers_arrive_as_they_were_written():
+    source = random.Random(0)
+    x, weight = torch.full((1, 1), -1.0, dtype=torch.float64), torch.ones(1, 1).double()
+    for _ in range(500):
+        (slope,) = struct.unpack("d", source.randbytes(8))
+        layers = text_of((0, LEAKY_RELU, slope))
+        if math.isfinite(slope):
+            assert KERNELS.mlp_compiled_evaluate(x, [weight], layers).item() == -slope
+            assert numbers_of(layers) == [0, LEAKY_RELU, slope]
+        else:
+            assert layers is None
 
 
 PLACES = (1, 6, 9)  # of the layers' numbers, behind that of the call

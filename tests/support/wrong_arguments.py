@@ -56,6 +56,9 @@ OPS = [
     *((schemas.KERNELS, op) for op in schemas.EVALUATION_SCHEMAS),
     *((schemas.KERNELS, op) for op in schemas.TRAINING_SCHEMAS),
 ]
+# Arguments that are numbers in a text, and what else than FLOATS stands there: numbers of layers.
+TEXTS = ("numbers", "layers")
+LAYERS = (0, 1, 5, 8, 13, 26, 40, 104, 232, 250)
 # Arguments that are handles, and the op that makes them.
 HANDLES = {
     "prepared": "research_net_prepare",
@@ -123,6 +126,11 @@ class Arguments:
             inner = kind[len("List[") : -1]
             lengths = (0, 1, 3, 3, 7, 9, 11) if inner == "bool" else (0, 1, 1, 2, 2, 3, 9)
             return [self._value(inner, name) for _ in range(choose(lengths))]
+        if name in TEXTS and self._random.random() < 0.9:
+            numbers = [
+                choose(choose((LAYERS, LAYERS, FLOATS))) for _ in range(choose((2, 3, 5, 9)))
+            ]
+            return " ".join(map(str, numbers))
         return choose({"bool": (True, False), "float": FLOATS, "int": INTS, "str": WORDS}[kind])
 
     def _handle(self, op: str) -> Tensor:
