@@ -54,6 +54,25 @@ def test_normalize_layouts(gpu: Simulator, layout: str, dim: list[int] | None) -
     check_case(case, None, lay_out(torch.randn(29, 18), layout))
 
 
+@pytest.mark.parametrize("order", [(0, 2, 1), (1, 0, 2), (2, 1, 0)])
+@pytest.mark.parametrize("dim", [None, [0], [0, 2]])
+def test_results_are_contiguous_as_tracers_are_told(gpu: Simulator, order, dim) -> None:
+    """Compiled code does not ask: other strides would be wrong numbers."""
+    inverse = [order.index(d) for d in range(3)]
+    x, grad = (torch.randn(6, 5, 4).permute(order).contiguous().permute(inverse) for _ in range(2))
+    assert not x.is_contiguous()
+    output, mean, std = KERNELS.normalize(x, dim, 1.0, 0.0)
+    results = [output, mean, std, KERNELS.normalize_backward(grad, x, mean, std, dim, 1.0, 0.0)]
+    output, mean, rstd = KERNELS.batch_norm_leaky_relu(
+        x, None, None, None, None, None, True, 0.1, 1e-5, 0.01
+    )
+    results += [output, mean, rstd]
+    results += KERNELS.batch_norm_leaky_relu_backward(
+        grad, x, None, None, mean, rstd, True, 0.01, [True, False, False]
+    )
+    assert all(result.is_contiguous() for result in results)
+
+
 def test_normalize_keeps_small_deviations(gpu: Simulator) -> None:
     check_case(normalize_case((64, 100), None, device=CPU, scale=1e-2, offset=1e4))
 

@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
     means.write_back();
     vars.write_back();
   }
-  return {s.result, mean, rstd};
+  return {s.result(), mean, rstd};
 }
 
 Tensors backward(const Tensor& grad_output, const Tensor& x, const OptionalTensor& weight,
@@ -112,7 +112,7 @@ Tensors backward(const Tensor& grad_output, const Tensor& x, const OptionalTenso
             wide_flag(bias, x, kWideBias);
   ending.describe(x, p);
   run_backward(s, context);
-  if (output_mask[0]) results.push_back(s.result);
+  if (output_mask[0]) results.push_back(s.result());
   if (grad_weight) results.push_back(*grad_weight);
   if (grad_bias) results.push_back(*grad_bias);
   return results;

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x,
   s.parameters.correction = correction;
   s.parameters.eps = eps;
   run_forward(s, context);
-  return {s.result, mean, std};
+  return {s.result(), mean, std};
 }
 
 Tensor normalize_backward(const Tensor& grad_output, const Tensor& x, const Tensor& mean,
@@ -56,7 +56,7 @@ Tensor normalize_backward(const Tensor& grad_output, const Tensor& x, const Tens
   s.parameters.correction = correction;
   s.parameters.eps = eps;
   run_backward(s, context);
-  return s.result;
+  return s.result();
 }
 
 }  // namespace fused_mlp::cuda

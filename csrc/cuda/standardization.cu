@@ -41,7 +41,6 @@ Standardization standardization(const Tensor& x, const OptionalTensor& g,
   const std::vector<int64_t> strides = strides_of(x);
   s.y = dense(sizes, strides) ? new_strided(sizes, strides, x.scalar_type(), x)
                               : new_tensor(sizes, x.scalar_type(), x);
-  s.result = s.y;
   Layout layout;
   bool found = try_layout(s.x, s.g, s.y, reduced, ordered, &layout);
   if (!found && s.g) {  // a gradient of other strides, as that of a sum, whose strides are zero
@@ -51,19 +50,19 @@ Standardization standardization(const Tensor& x, const OptionalTensor& g,
     found = try_layout(s.x, s.g, s.y, reduced, ordered, &layout);
   }
   if (!found) {
-    std::vector<int64_t> order, inverse(sizes.size());
+    std::vector<int64_t> order;
+    s.order.resize(sizes.size());
     for (const bool last : {false, true})
       for (size_t d = 0; d < sizes.size(); ++d)
         if (reduced[d] == last) order.push_back(static_cast<int64_t>(d));
     std::vector<bool> moved;
     for (size_t k = 0; k < order.size(); ++k) {
-      inverse[order[k]] = static_cast<int64_t>(k);
+      s.order[order[k]] = static_cast<int64_t>(k);
       moved.push_back(reduced[order[k]]);
     }
     s.x = as_contiguous(permute(x, order));
     if (g) s.g = as_contiguous(permute(*g, order));
     s.y = new_tensor(sizes_of(s.x), x.scalar_type(), x);
-    s.result = permute(s.y, inverse);
     found = try_layout(s.x, s.g, s.y, moved, ordered, &layout);
     STD_TORCH_CHECK(found, "fused_mlp: no layout for a contiguous tensor");
   }

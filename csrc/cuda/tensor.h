@@ -176,7 +176,11 @@ struct Standardization {
   OptionalTensor g;
   bool columns = false;
   StandardizeParameters parameters = {};
-  Tensor result;  // y in the order of the caller's dimensions
+  std::vector<int64_t> order;  // of y's dimensions, as the caller has them; empty if they are so
+
+  // y as the op returns it. Compiled graphs rely on contiguous tensors, as other backends give
+  // them.
+  Tensor result() const { return as_contiguous(order.empty() ? y : permute(y, order)); }
 };
 
 // Chooses layout and output strides; copies inputs only where no layout serves them.
