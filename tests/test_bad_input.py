@@ -101,7 +101,8 @@ def test_nested_tensors_in_raw_kernels(
 ) -> None:
     x = torch.ones(4, 4, device=device)
     nested = torch.nested.nested_tensor([x, x[:2]], layout=layout)
-    plain = {"Tensor": x, "List[Tensor]": [x, x], "bool": True, "int": 1, "float": 0.5}
+    plain = {"Tensor": x, "List[Tensor]": [x, x]}
+    plain |= {"bool": True, "int": 1, "float": 0.5, "str": "0 0"}
     kernel = getattr(torch.ops.fused_mlp_kernels, op).default
     arguments = kernel._schema.arguments
     values = [plain.get(str(a.type), [] if "List" in str(a.type) else None) for a in arguments]
