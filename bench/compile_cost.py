@@ -78,7 +78,7 @@ def _measure(
         for name, make in makers.items():
             net = copy.deepcopy(fused)
             step = steps[f"{name} {copied}"] = _step(make(net), net, x, grad, training)
-            with _as_any_op() if name == "usual" else nullcontext(), _uncached():
+            with as_any_op() if name == "usual" else nullcontext(), _uncached():
                 step()  # compiles
     with _settled():
         samples = interleave(steps, budget)
@@ -114,17 +114,19 @@ def _uncached() -> Iterator[None]:
 
 
 @contextmanager
-def _as_any_op() -> Iterator[None]:
-    """Have Inductor compile the ops of our graphs as it compiles any op."""
-    from torch._inductor import lowering
+def lowered_anew() -> Iterator[None]:
+    """Forget, until the block ends, how ops of ours are lowered."""
+    from torch._inductor.lowering import lowerings
 
-    ours = [op for op in lowering.lowerings if "fused_mlp" in str(op)]
-    with (
-        mock.patch.dict(lowering.lowerings),
-        mock.patch.object(inductor, "shortened", lambda lower: lower),
-    ):
-        for op in ours:
-            del lowering.lowerings[op]
+    others = {op: lower for op, lower in lowerings.items() if "fused_mlp" not in str(op)}
+    with mock.patch.dict(lowerings, others, clear=True):
+        yield
+
+
+@contextmanager
+def as_any_op() -> Iterator[None]:
+    """Have Inductor compile the ops of our graphs as it compiles any op."""
+    with lowered_anew(), mock.patch.object(inductor, "shortened", lambda lower: lower):
         yield
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._inductor import lowering
 from torch._inductor.utils import run_and_get_code
 
+from bench.compile_cost import as_any_op, lowered_anew
 from fused_mlp import FusedResearchNet
 from fused_mlp.ops import inductor
 
@@ -28,7 +28,7 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.norm = nn.Linear(10, 6), nn.BatchNorm1d(6)
+        self.linear = nn.Linear(10, 6)
 
     def forward(self, input: Tensor) -> Tensor:
         hidden = torch.ops.fused_mlp.normalize(input.t().contiguous().t() * 2)
@@ -65,14 +65,6 @@ def compiled_step(net: nn.Module, training: bool, **options: Any) -> tuple[list[
     return found, "\n".join(codes)
 
 
-@contextmanager
-def lower_anew() -> Iterator[None]:
-    """Forget, until the block ends, how ops of ours are lowered."""
-    others = {op: lower for op, lower in lowering.lowerings.items() if "fused_mlp" not in str(op)}
-    with mock.patch.dict(lowering.lowerings, others, clear=True):
-        yield
-
-
 @pytest.fixture(params=NETS)
 def net(request: pytest.FixtureRequest, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
@@ -88,7 +80,7 @@ def test_kernels_are_called_shortly_and_their_results_are_not_looked_at(net, tra
     assert set(calls) == {"._op"}
     assert not RESULT.search(code)
     assert "'input')" in code, "what a graph is given is looked at"
-    with lower_anew(), mock.patch.object(inductor, "shortened", lambda lower: lower):
+    with as_any_op():
         usual, code = compiled_step(net, training)
     assert RESULT.search(code), "the usual code has what is left out above"
     torch.testing.assert_close(found, usual, rtol=0, atol=0)
@@ -103,7 +95,7 @@ def test_kernels_are_called_shortly_and_their_results_are_not_looked_at(net, tra
 )
 def test_an_unknown_inductor_compiles_as_usual(net, change):
     found, _ = compiled_step(net, True)
-    with lower_anew(), change:
+    with lowered_anew(), change:
         usual, code = compiled_step(net, True)
     assert RESULT.search(code)
     torch.testing.assert_close(found, usual, rtol=0, atol=0)

@@ -12,6 +12,7 @@ import struct
 import pytest
 import torch
 from support import MULTIPLIES_BFLOAT16
+from support.memory import assert_equal_bytes
 from torch import Tensor
 
 from fused_mlp import backends
@@ -55,18 +56,12 @@ def prepared(x: Tensor, parameters: list, buffers: list, layers: str) -> Tensor:
     )  # fmt: skip
 
 
-def test_equal_calls_keep_equal_bytes_whatever_was_in_memory() -> None:
-    x, parameters, buffers, layers = arguments(p=0.0)
+def test_equal_calls_give_equal_bytes_whatever_was_in_memory() -> None:
+    def prepare():
+        given = arguments(p=0.0)
+        return lambda: KERNELS.mlp_compiled(*given)
 
-    def kept() -> Tensor:
-        copies = [buffer.clone() for buffer in buffers]
-        return KERNELS.mlp_compiled(x, parameters, copies, layers)[1].view(torch.int32)
-
-    first = kept()
-    for filling in (float("nan"), 1.0):
-        blocks = [torch.full(first.shape, filling) for _ in range(8)]
-        del blocks  # memory to be used again
-        assert torch.equal(kept(), first)
+    assert_equal_bytes(prepare)
 
 
 # Bits of input, weights, biases, and weight and bias of each layer's batch norm.
